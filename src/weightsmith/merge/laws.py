@@ -1,0 +1,57 @@
+"""Properties that hold for methods of merging; a user can run them on a method of their own.
+
+Each takes a kernel and ``models [k, *shape]``, ``base [*shape]`` (float32) and raises
+`AssertionError` where the property does not hold. A card names those that hold for its method.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Kernel = Callable[..., Tensor]
+
+
+def _called(kernel: Kernel, models: Tensor, base: Tensor) -> Tensor:
+    """The kernel on these inputs, with a base if it takes one."""
+    return kernel(models, base) if "base" in inspect.signature(kernel).parameters else kernel(models)
+
+
+def _close(found: Tensor, expected: Tensor, scale: Tensor) -> None:
+    """Equal up to the rounding of float32 at the size of the inputs."""
+    size = float(scale.abs().max()) if scale.numel() else 0.0
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * max(size, 1e-30))
+
+
+def model_order(kernel: Kernel, models: Tensor, base: Tensor) -> None:
+    """The order of the models does not matter."""
+    _close(_called(kernel, models.flip(0), base), _called(kernel, models, base), models)
+
+
+def agreement(kernel: Kernel, models: Tensor, base: Tensor) -> None:
+    """Models that are all the same give that model."""
+    same = models[:1].expand_as(models).clone()
+    _close(_called(kernel, same, base), models[0], models)
+
+
+def translation(kernel: Kernel, models: Tensor, base: Tensor) -> None:
+    """Moving the base and all models moves the result as much."""
+    move = 0.5 * base.flip(0) if base.dim() else base * 0.5
+    _close(_called(kernel, models + move, base + move), _called(kernel, models, base) + move, models)
+
+
+def scale(kernel: Kernel, models: Tensor, base: Tensor) -> None:
+    """Scaling the base and all models scales the result as much."""
+    _close(_called(kernel, models * 4, base * 4), _called(kernel, models, base) * 4, models * 4)
+
+
+def rotation(kernel: Kernel, models: Tensor, base: Tensor) -> None:
+    """An orthogonal change of basis changes the result in the same way."""
+    generator = torch.Generator().manual_seed(0)
+    size = base.numel()
+    turn, _ = torch.linalg.qr(torch.randn(size, size, generator=generator))
+    turned = _called(kernel, models.flatten(1) @ turn, base.flatten() @ turn)
+    _close(turned, _called(kernel, models.flatten(1), base.flatten()) @ turn, models)

@@ -1,0 +1,16 @@
+"""Fixtures that several rooms share."""
+
+from __future__ import annotations
+
+import pytest
+
+from weightsmith.weights import _execute, _lazy, _save
+
+
+@pytest.fixture
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of 8 elements and units of 24, so that small tensors are cut as large ones are."""
+    for module in (_lazy, _execute, _save):
+        monkeypatch.setattr(module, "CHUNK", 8)
+    for module in (_lazy, _save):
+        monkeypatch.setattr(module, "UNIT", 24)

@@ -1,0 +1,355 @@
+"""Laws: those that a card names, and those of the house that hold for every method without being named.
+
+One generic test for all rooms. A `Room` below says only how the room's methods are called.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import weightsmith as ws
+from weightsmith.card import card_of
+from weightsmith.quantize._parts import decode, pack
+from weightsmith.weights import Weights
+
+PACKAGE = Path(ws.__file__).parent
+
+SHAPES = ((5,), (4, 3), (1, 8), (9, 1), (2, 3, 4), (1,), (6, 16))
+DTYPES = (torch.bfloat16, torch.float16, torch.float64)
+
+
+def random(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def zoo() -> Iterator[tuple[str, Tensor]]:
+    """Four tensors of one shape, ``[4, *shape]``: the first serves as a base, the others as models or moments."""
+    for seed, shape in enumerate(SHAPES):
+        plain = random(4, *shape, seed=seed)
+        yield f"plain {list(shape)}", plain
+    values = random(4, 6, 5, seed=100)
+    for size in (1e-6, 1e-3, 1e3, 1e6):
+        yield f"of size {size:g}", values * size
+    yield "near-equal", values[:1] + 1e-5 * values
+    yield "a small change of large values", 1e4 * values[:1] + values
+    yield "sparse", values * (random(4, 6, 5, seed=101) > 1)
+    yield "zeros", torch.zeros(4, 6, 5)
+    yield "all the same", values[:1].expand(4, 6, 5).clone()
+    yield "opposed", torch.stack([values[0], values[0] + values[1], values[0] - values[1], values[0] - values[1]])
+    yield "many ties", (values * 2).round()
+    yield "rows of different size", values * torch.tensor([1e-6, 1e-3, 1, 1e3, 1e6, 0]).reshape(6, 1)
+    yield "one outlier", values + 1e4 * torch.nn.functional.one_hot(torch.tensor(3), 5)
+
+
+def edges() -> Iterator[tuple[str, Tensor]]:
+    """Shapes at the edge; the laws of mathematics say little of them, those of the house hold."""
+    yield "nothing", torch.zeros(4, 0)
+    yield "rows of nothing", torch.zeros(4, 3, 0)
+    yield "no rows", torch.zeros(4, 0, 3)
+
+
+SAMPLES = dict(zoo())
+EDGES = dict(edges())
+SCALAR = {"a single number": random(4, seed=7)}
+
+
+@dataclass(frozen=True)
+class Room:
+    """How the methods of a room are called on a sample ``[4, *shape]``."""
+
+    arguments: Callable[[Callable[..., Any], Tensor], tuple[Any, ...]]
+    """What a kernel takes."""
+    law_arguments: Callable[[Tensor], tuple[Tensor, ...]]
+    """What a law takes after the kernel."""
+    lazily: Callable[[Callable[..., Any], Mapping[str, Tensor]], Weights]
+    """The public method on whole checkpoints, one sample a tensor."""
+    directly: Callable[[Callable[..., Any], str, Tensor], dict[str, Tensor]]
+    """What should come of one tensor of them, from the kernel on the whole tensor."""
+    scalars: bool = True
+    """Whether the methods take a tensor of no axes."""
+
+
+# merge
+
+
+def merge_arguments(kernel: Callable[..., Any], sample: Tensor) -> tuple[Tensor, ...]:
+    return (sample[1:], sample[0]) if "base" in card_of(kernel).needs else (sample[1:],)
+
+
+def merge_lazily(public: Callable[..., Any], samples: Mapping[str, Tensor]) -> Weights:
+    base, *models = [{name: sample[i] for name, sample in samples.items()} for i in range(4)]
+    return public(models, base)
+
+
+def merge_directly(kernel: Callable[..., Any], name: str, sample: Tensor) -> dict[str, Tensor]:
+    return {name: kernel(*merge_arguments(kernel, sample))}
+
+
+# prune
+
+
+def prune_lazily(public: Callable[..., Any], samples: Mapping[str, Tensor]) -> Weights:
+    return public({name: sample[0] for name, sample in samples.items()}, 0.4, pattern="*")
+
+
+def prune_directly(kernel: Callable[..., Any], name: str, sample: Tensor) -> dict[str, Tensor]:
+    weight = sample[0]
+    order = kernel(weight).flatten().argsort(stable=True, descending=True)
+    keep = weight.numel() - round(0.4 * weight.numel())
+    result = torch.zeros_like(weight).flatten()
+    result[order[:keep]] = weight.flatten()[order[:keep]]
+    return {name: result.reshape(weight.shape)}
+
+
+# quantize
+
+
+def quantize_lazily(public: Callable[..., Any], samples: Mapping[str, Tensor]) -> Weights:
+    return public({name: sample[0] for name, sample in samples.items()}, pattern="*")
+
+
+def quantize_directly(kernel: Callable[..., Any], name: str, sample: Tensor) -> dict[str, Tensor]:
+    codes, scale = kernel(sample[0], scale_dtype=sample.dtype)
+    return {
+        f"{name}_packed": pack(codes, 4),
+        f"{name}_scale": scale.to(sample.dtype),
+        f"{name}_shape": torch.tensor(sample[0].shape),
+    }
+
+
+# average
+
+
+def average_lazily(public: Callable[..., Any], samples: Mapping[str, Tensor]) -> Weights:
+    average = public()
+    for moment in range(4):
+        average.update({name: sample[moment] for name, sample in samples.items()})
+    return average.weights()
+
+
+def average_directly(kernel: Callable[..., Any], name: str, sample: Tensor) -> dict[str, Tensor]:
+    wide = sample.to(torch.promote_types(sample.dtype, torch.float32))
+    mean = functools.reduce(lambda kept, i: kernel(kept, wide[i], i), range(1, 4), wide[0])
+    return {name: mean.to(sample.dtype)}
+
+
+def average_arguments(kernel: Callable[..., Any], sample: Tensor) -> tuple[Any, ...]:
+    return (sample[0].to(torch.promote_types(sample.dtype, torch.float32)), sample[1], 3)
+
+
+ROOMS = {
+    "merge": Room(merge_arguments, lambda sample: (sample[1:], sample[0]), merge_lazily, merge_directly),
+    "prune": Room(lambda kernel, sample: (sample[0],), lambda sample: (sample[0],), prune_lazily, prune_directly),
+    "quantize": Room(
+        lambda kernel, sample: (sample[0],), lambda sample: (sample[0],), quantize_lazily, quantize_directly, False
+    ),
+    "average": Room(average_arguments, lambda sample: (sample,), average_lazily, average_directly),
+}
+
+METHODS = {
+    f"{room}.{name}": method
+    for room in ROOMS
+    for name, method in importlib.import_module(f"weightsmith.{room}").METHODS.items()
+}
+LIFTED = {name: method for name, method in METHODS.items() if hasattr(method, "kernel")}
+NAMED = [(name, law) for name, method in METHODS.items() for law in card_of(method).laws]
+
+every_method = pytest.mark.parametrize("method", sorted(LIFTED))
+
+
+def room_of(method: str) -> Room:
+    return ROOMS[method.partition(".")[0]]
+
+
+def laws_of(room: str) -> ModuleType:
+    return importlib.import_module(f"weightsmith.{room}.laws")
+
+
+def law_names(room: str) -> set[str]:
+    module = laws_of(room)
+    own = inspect.getmembers(module, lambda f: inspect.isfunction(f) and f.__module__ == module.__name__)
+    return {name for name, _ in own if not name.startswith("_")}
+
+
+def results(kernel: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    found = kernel(*arguments)
+    return found if isinstance(found, tuple) else (found,)
+
+
+def samples_for(method: str) -> dict[str, Tensor]:
+    return SAMPLES | EDGES | (SCALAR if room_of(method).scalars else {})
+
+
+# The laws that cards name
+
+
+def test_every_room_with_methods_is_known_here():
+    rooms = {file.parent.name for file in PACKAGE.glob("*/__init__.py") if "METHODS = table(" in file.read_text()}
+    assert rooms == set(ROOMS)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_every_law_is_named_by_a_card_and_every_named_one_is_a_law(room: str):
+    named = {law for method, law in NAMED if method.startswith(f"{room}.")}
+    assert named == law_names(room)
+
+
+def test_what_is_not_lifted_works_on_whole_models():
+    assert {card_of(METHODS[name]).unit for name in METHODS.keys() - LIFTED.keys()} == {"model"}
+
+
+@pytest.mark.parametrize(("method", "law"), NAMED)
+def test_a_named_law_holds(method: str, law: str):
+    check = getattr(laws_of(method.partition(".")[0]), law)
+    kernel = METHODS[method].kernel
+    for kind, sample in SAMPLES.items():
+        try:
+            check(kernel, *room_of(method).law_arguments(sample))
+        except AssertionError as error:
+            raise AssertionError(f"{law} does not hold for {method} on weights that are {kind}: {error}") from None
+
+
+def sloppy_rounding(weight: Tensor, way: Callable[[Tensor], Tensor] = torch.floor) -> tuple[Tensor, Tensor]:
+    scale = weight.flatten(1).abs().amax(1, keepdim=True).clamp(min=1e-30) / 7.5
+    return way(weight.flatten(1) / scale).clamp(-8, 7).to(torch.int8), scale
+
+
+BROKEN: dict[str, Callable[..., Any]] = {
+    "merge.model_order": lambda models: models[0],
+    "merge.agreement": lambda models: models.sum(0),
+    "merge.translation": lambda models: 1.5 * models.mean(0),
+    "merge.scale": lambda models: models.mean(0) + 1,
+    "merge.rotation": lambda models: models.amax(0),
+    "prune.nested": lambda weight: torch.rand_like(weight),
+    "prune.scale": lambda weight: (weight.abs() - 3).abs(),
+    "prune.sign": lambda weight: weight,
+    "prune.element_order": lambda weight: weight.abs() + torch.arange(weight.numel()).reshape(weight.shape),
+    "quantize.half_a_step": sloppy_rounding,
+    "quantize.scale": lambda weight: ((weight.flatten(1)).round().clamp(-8, 7), torch.ones(len(weight), 1)),
+    "quantize.row_order": lambda weight: (
+        torch.arange(len(weight)).reshape(-1, 1).expand(weight.shape),
+        torch.ones(len(weight), 1),
+    ),
+    "quantize.sign": sloppy_rounding,
+    "average.constant": lambda mean, weight, count: mean + weight / count,
+    "average.linear": lambda mean, weight, count: mean * 0.5 + weight * weight * 0.5,
+    "average.plain_mean": lambda mean, weight, count: mean.lerp(weight, 0.5),
+}
+
+
+@pytest.mark.parametrize(("room", "law"), [(room, law) for room in ROOMS for law in sorted(law_names(room))])
+def test_a_law_refuses_what_breaks_it(room: str, law: str):
+    torch.manual_seed(0)
+    with pytest.raises(AssertionError):
+        getattr(laws_of(room), law)(BROKEN[f"{room}.{law}"], *ROOMS[room].law_arguments(SAMPLES["plain [6, 16]"]))
+
+
+# The laws of the house
+
+
+@every_method
+def test_inputs_are_untouched_and_calls_are_repeatable(method: str):
+    kernel = METHODS[method].kernel
+    state = torch.random.get_rng_state()
+    for kind, sample in samples_for(method).items():
+        arguments = room_of(method).arguments(kernel, sample)
+        before = sample.clone()
+        first = [result.clone() for result in results(kernel, arguments)]
+        again = results(kernel, arguments)
+        assert torch.equal(sample, before), f"inputs that are {kind} were written to"
+        for one, other in zip(first, again, strict=True):
+            assert one.dtype == other.dtype
+            assert torch.equal(one, other), kind
+    assert torch.equal(torch.random.get_rng_state(), state), "a kernel drew from the global generator"
+
+
+@every_method
+def test_results_own_their_memory(method: str):
+    kernel = METHODS[method].kernel
+    sample = SAMPLES["plain [4, 3]"].clone()
+    before = sample.clone()
+    for result in results(kernel, room_of(method).arguments(kernel, sample)):
+        result.zero_()
+    assert torch.equal(sample, before)
+
+
+def strided(tensor: Tensor) -> Iterator[Tensor]:
+    """The same values in memory laid out in other ways."""
+    yield tensor.movedim(0, -1).contiguous().movedim(-1, 0)
+    yield tensor.repeat_interleave(2, dim=-1)[..., ::2]
+    yield torch.nn.functional.pad(tensor, (1, 2))[..., 1:-2]
+
+
+@every_method
+def test_any_strides_give_the_same(method: str):
+    kernel = METHODS[method].kernel
+    for kind, sample in (SAMPLES | EDGES).items():
+        expected = results(kernel, room_of(method).arguments(kernel, sample))
+        for other in strided(sample):
+            found = results(kernel, room_of(method).arguments(kernel, other))
+            for one, two in zip(found, expected, strict=True):
+                torch.testing.assert_close(one, two, msg=lambda text, kind=kind: f"{kind}: {text}")
+
+
+@every_method
+def test_finite_in_finite_out(method: str):
+    kernel = METHODS[method].kernel
+    for kind, sample in samples_for(method).items():
+        for result in results(kernel, room_of(method).arguments(kernel, sample)):
+            assert result.isfinite().all(), kind
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_method
+def test_other_dtypes_are_computed_in_float32_or_wider_and_rounded_once(method: str, dtype: torch.dtype):
+    kernel = METHODS[method].kernel
+    wide = torch.promote_types(dtype, torch.float32)
+    for kind, sample in samples_for(method).items():
+        narrow = sample.clamp(-3e4, 3e4).to(dtype)
+        found = results(kernel, room_of(method).arguments(kernel, narrow))
+        expected = results(kernel, room_of(method).arguments(kernel, narrow.to(wide)))
+        for one, other in zip(found, expected, strict=True):
+            assert torch.equal(one, other.to(one.dtype)), kind
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, *DTYPES), ids=str)
+@every_method
+@pytest.mark.usefixtures("small_pieces")
+def test_streamed_equals_direct(method: str, dtype: torch.dtype, tmp_path: Path):
+    """In several chunks and units, by name and through a file, with one thread and with three."""
+    samples = {f"{i}.weight": sample for i, sample in enumerate(samples_for(method).values())}
+    samples["strided"] = random(4, 7, 9, seed=50).transpose(1, 2)
+    samples = {name: sample.clamp(-3e4, 3e4).to(dtype) for name, sample in samples.items()}
+    room, public = room_of(method), METHODS[method]
+    expected: dict[str, Tensor] = {}
+    for name, sample in samples.items():
+        expected |= room.directly(public.kernel, name, sample)
+    lazy = room.lazily(public, samples)
+    assert {n: (s.shape, s.dtype) for n, s in lazy.specs.items()} == {n: (t.shape, t.dtype) for n, t in expected.items()}
+    for threads in (1, 3):
+        room.lazily(public, samples).save(tmp_path / f"{threads}.safetensors", threads=threads)
+    one, three = (ws.open(tmp_path / f"{threads}.safetensors") for threads in (1, 3))
+    assert set(one) == set(three) == set(expected)
+    for name, value in expected.items():
+        torch.testing.assert_close(lazy[name], value, msg=lambda text, name=name: f"{name}: {text}")
+        assert torch.equal(one[name], lazy[name]), f"{name} is not the same when saved"
+        assert torch.equal(three[name], one[name]), f"{name} depends on the number of threads"
+
+
+def test_quantized_values_are_read_back_as_the_codes_say():
+    """`quantize_directly` above compares packed codes; this ties them to values."""
+    weight = SAMPLES["plain [6, 16]"][0]
+    codes, scale = ws.quantize.rtn(weight)
+    found = ws.quantize.dequantize(ws.quantize.rtn({"l.weight": weight}))["l.weight"]
+    assert torch.equal(found, decode(codes, scale))
