@@ -1,0 +1,269 @@
+"""``weightsmith merge ties ...``: a command for every method, made from its card and signature.
+
+Both are read as text, so help and completion import nothing of a room. A room takes part when its
+``room.py`` says in ``_PARAMETERS`` what it adds to a kernel's own options, and a method when files
+and options are all that it needs.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib
+import inspect
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import click
+
+from weightsmith.catalogue import PACKAGE, Catalogue, Method, Parameter
+from weightsmith.cli._manual import PATH, SAVING, Manual, Option
+from weightsmith.cli._save import save, save_options
+from weightsmith.errors import did_you_mean
+
+_FILES = {"base"}
+"""What a method may need and a path can give."""
+
+_SUPPLIED = ("solved", "start", "generator")
+_METHOD = "Method"
+
+# What rooms add to their methods is explained in no docstring of a method.
+_WORDS = {
+    "base": "The checkpoint that the models were trained from.",
+    "pattern": "Only tensors whose name fits: a glob or 're:...'. Repeatable.",
+    "sparsity": "Share to remove, from 0 to 1, or an N:M pattern such as 2:4.",
+    "scope": "Whether each tensor loses that share, or all of them together.",
+    "action": "Zeros in place of what is removed, or the mask of what is kept.",
+}
+
+
+def rooms() -> list[str]:
+    """The outermost rooms that have commands."""
+    return list(dict.fromkeys(method.room.split(".")[0] for method in _methods()))
+
+
+@functools.cache
+def _methods() -> tuple[Method, ...]:
+    catalogue = Catalogue()
+    lifted = {room for room in catalogue.tables if _leading(room)}
+    return tuple(m for m in catalogue.methods if m.room in lifted and set(m.needs) <= _FILES)
+
+
+@functools.cache
+def _leading(room: str) -> tuple[Parameter, ...]:
+    """What a room's public functions take before a kernel's own options."""
+    file = PACKAGE.joinpath(*room.split("."), "room.py")
+    if not file.exists():
+        return ()
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and any(ast.unparse(target) == "_PARAMETERS" for target in node.targets):
+            return tuple(_parameter(call) for call in getattr(node.value, "elts", []) if isinstance(call, ast.Call))
+    return ()
+
+
+def _parameter(call: ast.Call) -> Parameter:
+    """A written-out ``inspect.Parameter("name", KIND, default=..., annotation="...")``."""
+    fields = {keyword.arg: keyword.value for keyword in call.keywords}
+    default = ast.unparse(fields["default"]) if "default" in fields else None
+    annotation = ast.literal_eval(fields["annotation"]) if "annotation" in fields else ""
+    return Parameter(ast.literal_eval(call.args[0]), annotation, default)
+
+
+class Room(click.Group):
+    """The methods of a room, and the rooms inside it."""
+
+    def __init__(self, room: str, **fields: Any):
+        super().__init__(room.rpartition(".")[2], **fields)
+        self.room = room
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        inner = (m.room[len(self.room) + 1 :].split(".")[0] for m in _methods() if m.room.startswith(self.room + "."))
+        return [m.name for m in _methods() if m.room == self.room] + list(dict.fromkeys(inner))
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        for method in _methods():
+            if (method.room, method.name) == (self.room, cmd_name):
+                return command(method)
+        return group(f"{self.room}.{cmd_name}") if cmd_name in self.list_commands(ctx) else None
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        known = self.list_commands(ctx)
+        if args and args[0] not in known and not args[0].startswith("-"):
+            ctx.fail(f"no method {args[0]!r} in {self.room}{did_you_mean(args[0], known)}")
+        return super().resolve_command(ctx, args)
+
+
+def group(room: str) -> click.Group:
+    """The commands of one room."""
+    module = ast.parse(PACKAGE.joinpath(*room.split("."), "__init__.py").read_text(encoding="utf-8"))
+    about = (ast.get_docstring(module) or room).split("\n\n")[0]
+    help = _plain(" ".join(about.split()))
+    return Room(
+        room,
+        help=help,
+        short_help=help.split(":")[0].rstrip(".") + ".",
+        epilog=f"weightsmith methods --room {room} lists every method, with those that need more than files.",
+    )
+
+
+def command(method: Method) -> click.Command:
+    """The command of one method."""
+    leading = _leading(method.room)
+    first, others = leading[0], leading[1:]
+    several = "Sequence" in first.annotation
+    own = [p for p in method.options if p.name not in _SUPPLIED and p.name not in {o.name for o in others}]
+    words = _arguments(method.docstring)
+    options = [_option(p, words.get(p.name) or _WORDS.get(p.name, ""), method) for p in (*others, *own)]
+    names = {one.name for one in options}
+    argument = click.Argument(
+        ["inputs"], type=PATH, nargs=-1 if several else 1, required=True, metavar="MODEL..." if several else "PATH"
+    )
+
+    def run(inputs: Any, **given: Any) -> None:
+        chosen = {name: given.pop(name) for name in names}
+        _run(method, list(inputs) if several else inputs, chosen, given)
+
+    said = " ".join(method.room.split("."))
+    base = " --base base/" if "base" in method.needs else ""
+    inputs = "run_a/ run_b/" if several else "model/"
+    return Manual(
+        method.name,
+        callback=run,
+        params=[argument, *options, *save_options(without={n for n in names if n})],
+        help=_about(method),
+        short_help=_plain(method.summary),
+        examples=[(f"weightsmith {said} {method.name} {inputs}{base} -o out/", "With its defaults, into a folder.")],
+        status=SAVING,
+    )
+
+
+def _run(method: Method, inputs: Any, chosen: dict[str, Any], given: dict[str, Any]) -> None:
+    room = importlib.import_module(f"weightsmith.{method.room}")
+    options = {name: _built(value) for name, value in chosen.items() if value is not None and value != ()}
+    save(room.METHODS[method.name](inputs, **options), given)
+
+
+# Options
+
+
+def _option(parameter: Parameter, help: str, method: Method) -> click.Option:
+    flag = "--" + parameter.name.replace("_", "-")
+    required = parameter.default is None or parameter.name in method.needs
+    fields: dict[str, Any] = {"section": _METHOD, "required": required}
+    words = re.findall(r"""["']([^"']+)["']""", parameter.annotation) if "Literal" in parameter.annotation else []
+    names = [flag]
+    if parameter.name in _FILES:
+        fields["type"] = PATH
+    elif parameter.name == "pattern":
+        fields |= {"multiple": True, "metavar": "PATTERN"}
+    elif parameter.annotation == "bool":
+        names, fields["default"] = [f"{flag}/--no-{flag[2:]}"], None
+    elif words and parameter.annotation.startswith("Literal"):
+        fields["type"] = click.Choice(words)
+    else:
+        fields |= {"type": Value(text="str" in parameter.annotation), "metavar": "VALUE"}
+    usual = "" if parameter.default in (None, "None") or required else f"  [default: {_said(parameter.default)}]"
+    help = _plain(help)
+    return Option([parameter.name, *names], help=help[:1].upper() + help[1:] + usual, **fields)
+
+
+def _said(default: str) -> str:
+    """A default as one would type it."""
+    try:
+        value = ast.literal_eval(default)
+    except (ValueError, SyntaxError):
+        return default
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)
+
+
+class Value(click.ParamType):
+    """An option of a method: a number, a list, a word, or something by tensor.
+
+    ``0.5``, ``1,2,3``, ``none``, ``'{"*.bias": 0, "*": 0.5}'`` and ``'by_depth(0.1, 0.9)'`` are
+    what the option may be in Python. Words are for options that take them.
+    """
+
+    name = "value"
+
+    def __init__(self, text: bool = False):
+        self.text = text
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not isinstance(value, str):
+            return value
+        word = value.strip()
+        depth = re.fullmatch(r"by_depth\((.+)\)", word)
+        try:
+            if depth:
+                return ByDepth(tuple(float(part) for part in depth[1].strip("[]").split(",")))
+            return Nothing() if word.lower() == "none" else _literal(word)
+        except (ValueError, RecursionError):
+            if self.text and not word.startswith(("{", "[")):
+                return word
+            self.fail(
+                f'{value!r} is neither a number, a list (1,2,3), {{"pattern": value, "*": value}} '
+                "nor by_depth(first, ..., last)",
+                param,
+                ctx,
+            )
+
+
+class ByDepth(tuple[float, ...]):
+    """Becomes `weightsmith.by_depth` once a method runs; until then nothing needs torch."""
+
+
+class Nothing:
+    """The word none, which is not the same as an option that was not given."""
+
+
+def _literal(word: str) -> Any:
+    if word.lower() in ("true", "false"):
+        return word.lower() == "true"
+    if "," in word and not word.startswith(("{", "[")):
+        word = f"[{word}]"
+    return json.loads(word)
+
+
+def _built(value: Any) -> Any:
+    if isinstance(value, ByDepth):
+        from weightsmith import by_depth
+
+        return by_depth(value)
+    if isinstance(value, Nothing):
+        return None
+    return list(value) if isinstance(value, tuple) else value
+
+
+# Words
+
+
+def _about(method: Method) -> str:
+    parts = [_plain(method.summary)]
+    if method.claim:
+        parts.append(f"What it promises: {_plain(method.claim)}.")
+    if method.departs:
+        parts.append(f"Where it departs from the paper: {_plain(method.departs)}.")
+    if method.paper:
+        parts.append(f"From: {method.paper}.")
+    return "\n\n".join(parts)
+
+
+def _arguments(docstring: str) -> dict[str, str]:
+    """Argument -> text, from the ``Args:`` section of a docstring."""
+    return {name: " ".join(text.split()) for name, text in _sections(docstring)}
+
+
+def _sections(docstring: str) -> Iterator[tuple[str, str]]:
+    found = re.search(r"^Args:\n((?:[ \t]+.*\n?|\n)+)", inspect.cleandoc(docstring), re.MULTILINE)
+    if found:
+        for entry in re.split(r"\n(?=    \w)", "\n" + found[1].rstrip()):
+            name, colon, text = entry.partition(":")
+            if colon:
+                yield name.strip(), text
+
+
+def _plain(text: str) -> str:
+    """Docstring markup as plain text."""
+    return re.sub(r":\w+:(?=`)", "", text).replace("`", "")

@@ -1,0 +1,124 @@
+"""Commands made from cards and signatures do what the functions do."""
+
+from __future__ import annotations
+
+import json
+
+import click
+import pytest
+import torch
+
+import weightsmith
+from weightsmith.cli import _rooms
+from weightsmith.cli._rooms import Nothing, Value, _methods
+
+NAMES = [f"{method.room}.{method.name}" for method in _methods()]
+
+
+@pytest.fixture
+def models(model, tuned):
+    return weightsmith.open(model), weightsmith.open(tuned)
+
+
+def equal(path, weights):
+    made = weightsmith.open(path)
+    assert list(made) == list(weights)
+    for name in made:
+        torch.testing.assert_close(made[name], weights[name], rtol=0, atol=0)
+
+
+def test_merging(run, model, tuned, models, tmp_path):
+    status, out, err = run("merge", "mean", model, tuned, "--weight", "3,1", "-o", tmp_path / "out")
+    assert (status, err) == (0, "")
+    assert out.startswith(f"{tmp_path / 'out'}: 4 tensors")
+    equal(tmp_path / "out", weightsmith.merge.mean(list(models), weight=[3, 1]))
+
+
+def test_a_switch(run, model, tuned, models, tmp_path):
+    run("merge", "mean", model, tuned, "--weight", "1,1", "--no-normalize", "-o", tmp_path / "out")
+    equal(tmp_path / "out", weightsmith.merge.mean(list(models), weight=[1, 1], normalize=False))
+
+
+def test_a_base(run, model, tuned, models, tmp_path):
+    status, _, err = run("merge", "model_stock", tuned, tuned, "-o", tmp_path / "out")
+    assert status == 2
+    assert "--base" in err
+    assert run("merge", "model_stock", tuned, tuned, "--base", model, "-o", tmp_path / "out")[0] == 0
+    equal(tmp_path / "out", weightsmith.merge.model_stock([models[1], models[1]], base=models[0]))
+
+
+def test_pruning_with_every_kind_of_option(run, model, models, tmp_path):
+    arguments = ["--sparsity", "0.25", "--scope", "global", "--pattern", "h.0.*", "--pattern", "h.1.*"]
+    assert run("prune", "magnitude", model, *arguments, "-o", tmp_path / "out")[0] == 0
+    equal(tmp_path / "out", weightsmith.prune.magnitude(models[0], 0.25, scope="global", pattern=["h.0.*", "h.1.*"]))
+
+
+@pytest.mark.parametrize(
+    ("word", "sparsity"),
+    [
+        ("2:4", "2:4"),
+        ('{"h.0.*": 0.75, "*": "2:4"}', {"h.0.*": 0.75, "*": "2:4"}),
+        ("by_depth(0.1, 0.9)", weightsmith.by_depth([0.1, 0.9])),
+    ],
+)
+def test_options_that_differ_by_tensor(run, model, models, tmp_path, word, sparsity):
+    assert run("prune", "magnitude", model, "--sparsity", word, "-o", tmp_path / "out")[0] == 0
+    equal(tmp_path / "out", weightsmith.prune.magnitude(models[0], sparsity))
+
+
+def test_quantizing_to_json(run, model, models, tmp_path):
+    status, out, _ = run("quantize", "rtn", model, "--bits", "8", "--group", "none", "-o", tmp_path / "out", "--json")
+    assert status == 0
+    assert json.loads(out)["tensors"] == len(weightsmith.open(tmp_path / "out"))
+    equal(tmp_path / "out", weightsmith.quantize.rtn(models[0], bits=8, group=None))
+
+
+def test_a_wrong_value_is_said_before_anything_is_written(run, model, tmp_path):
+    status, _, err = run("prune", "magnitude", model, "--sparsity", "7", "-o", tmp_path / "out")
+    assert status == 2
+    assert "between 0 and 1, got 7" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_save_options_work(run, model, tuned, tmp_path):
+    arguments = ["--dtype", "float16", "--max-shard-size", "200"]
+    assert run("merge", "mean", model, tuned, *arguments, "-o", tmp_path / "out")[0] == 0
+    assert weightsmith.open(tmp_path / "out").spec("h.0.fc.weight").dtype == torch.float16
+    assert (tmp_path / "out" / "model.safetensors.index.json").exists()
+
+
+def test_methods_that_need_more_than_files_have_no_command():
+    assert "merge.mean" in NAMES
+    assert "merge.greedy_soup" not in NAMES
+    assert not any(name.startswith("average.") for name in NAMES)
+
+
+@pytest.mark.parametrize("method", _methods(), ids=NAMES)
+def test_options_are_those_of_the_function(method):
+    """The signature read as text is the one that Python sees."""
+    import importlib
+    import inspect
+
+    function = importlib.import_module(f"weightsmith.{method.room}").METHODS[method.name]
+    wanted = list(inspect.signature(function).parameters)[1:]
+    options = [one for one in _rooms.command(method).params if getattr(one, "section", "") == "Method"]
+    assert sorted(one.name for one in options) == sorted(wanted)
+    assert all(one.help for one in options), "an option without an explanation in Args:"
+
+
+@pytest.mark.parametrize(
+    ("word", "value"),
+    [("0.5", 0.5), ("3", 3), ("1,2", [1, 2]), ("[1]", [1]), ("true", True), ('{"a*": 1}', {"a*": 1}), ("1e-3", 1e-3)],
+)
+def test_values(word, value):
+    made = Value().convert(word, None, None)
+    assert made == value
+    assert type(made) is type(value)
+
+
+def test_words_only_where_they_are_meant():
+    assert Value(text=True).convert("2:4", None, None) == "2:4"
+    assert isinstance(Value().convert("None", None, None), Nothing)
+    for word in ("2:4", "{broken", "by_depth(x)"):
+        with pytest.raises(click.BadParameter, match="neither a number"):
+            Value().convert(word, None, None)
