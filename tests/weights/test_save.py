@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -413,12 +414,12 @@ def test_an_error_in_the_values_leaves_nothing(tmp_path: Path) -> None:
         assert caught.value.__cause__ is not caught.value
 
     def broken(x: torch.Tensor) -> torch.Tensor:
-        if not x.is_meta:
+        if x.sum() == 0:
             raise ZeroDivisionError("oh")
         return x
 
     with pytest.raises(ZeroDivisionError) as fault:
-        Weights.of({"a": torch.ones(2)}).map(broken).save(tmp_path / "new")
+        Weights.of({"a": torch.zeros(2)}).map(broken).save(tmp_path / "new")
     assert fault.value.__notes__ == ["while computing the tensor a"]
     assert fingerprint(tmp_path / "old") == old
     assert {p.name for p in tmp_path.iterdir()} == {"old"}
@@ -509,7 +510,8 @@ def test_killed_at_any_moment(servers: list[Server], tmp_path: Path) -> None:
             pid = servers[0].ask(path, target, "or")
             if chance.random() < 0.8:
                 time.sleep(chance.random() * span)
-                os.kill(pid, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             said = servers[0].answer()
             if said.startswith("saved") and chance.random() < 0.5:
                 span = 0.8 * span + 0.3 * (time.monotonic() - asked)
@@ -609,7 +611,7 @@ def test_bytes_depend_on_nothing_but_the_weights(
     weights = mixture(source)
     seen = set()
     for number, (threads, chunk, unit, memory) in enumerate(
-        [(1, 2**17, 2**20, None), (2, 2**17, 2**20, "1MB"), (5, 100, 500, 1), (2, 333, 2000, "2GB"), (1, 1, 7000, 1)]
+        [(1, 2**17, 2**20, None), (2, 2**17, 2**20, "1MB"), (5, 100, 500, 1), (2, 333, 2000, "2GB"), (1, 20, 7000, 1)]
     ):
         cut(monkeypatch, chunk, unit)
         weights.save(tmp_path / f"{number}.safetensors", threads=threads, memory=memory)

@@ -31,7 +31,8 @@ from weightsmith.weights._files import LocalFile
 from weightsmith.weights._layout import Contents
 from weightsmith.weights._lazy import Scratch, Stored, materialize
 from weightsmith.weights._spec import Spec
-from weightsmith.weights._torchfile import OPAQUE, Strided, layout, read
+from weightsmith.weights._strided import Strided
+from weightsmith.weights._torchfile import OPAQUE, layout, read
 
 NAMES = [
     *("bool", "uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64"),
@@ -459,6 +460,15 @@ def test_a_view_of_what_is_no_storage_is_refused(tmp_path: Path) -> None:
         read(with_pickle(tmp_path, content.replace(b"storagectorch", b"modulesctorch")))
     with pytest.raises(FormatError, match=r"hostile\.pt: .*_rebuild_tensor_v2 that cannot be"):
         read(with_pickle(tmp_path, b"ctorch._utils\n_rebuild_tensor_v2\n)R"))
+
+
+def test_tensors_inside_the_state_of_a_subclass_are_not_left_out(tmp_path: Path) -> None:
+    wrapper = b"ctorch._tensor\n_rebuild_from_type_v2\n(ctorch._utils\n_rebuild_wrapper_subclass\nca\nB\n)"
+    with pytest.raises(FormatError, match=r"'0' is made by torch\._utils\._rebuild_wrapper_subclass"):
+        read(with_pickle(tmp_path, b"]" + wrapper + view(0, [2], [1]) + b"tRa"))
+    plain = b"ctorch._tensor\n_rebuild_from_type_v2\n(ctorch._utils\n_rebuild_tensor_v2\nca\nB\n"
+    inner = view(0, [2], [1]).split(b"_rebuild_tensor_v2\n")[1].removesuffix(b"Rs")
+    check(read(with_pickle(tmp_path, b"]" + plain + inner + b"NtRa")), {"0": torch.tensor([0.0, 1.0])})
 
 
 def test_compressed_members_are_refused(tmp_path: Path) -> None:

@@ -227,9 +227,11 @@ def _bounds(source: torch.dtype, dtype: torch.dtype) -> tuple[float, float] | No
         return None if held and low < held.min and held.max < high else (low, high)
     if (source, dtype) == (torch.float32, torch.bfloat16):
         return None  # the commonest rounding of all; only the last 1/256 below float32's own end is lost
+    if dtype == torch.float64:
+        return None
     largest = torch.finfo(dtype).max
     # Half a step above the largest value is where rounding goes to infinity.
-    reach = largest + torch.finfo(dtype).eps * 2.0 ** math.floor(math.log2(largest)) / 2
+    reach = largest + torch.finfo(dtype).eps * 2.0 ** (math.frexp(largest)[1] - 1) / 2
     if (torch.finfo(source) if source.is_floating_point else torch.iinfo(source)).max < reach:
         return None
     unsigned = dtype_name(dtype) == "float8_e8m0fnu"
@@ -606,8 +608,9 @@ def infer(function: Callable[..., Any], inputs: Inputs, options: Mapping[str, An
 
     A result in the working dtype of narrower inputs is promised in the inputs' own dtype.
     """
+    stored = promote(*(node.spec.dtype for node in inputs.nodes))
     try:
-        result = function(*(_meta(a, inputs.unit) for a in inputs.arguments), **options)
+        result = function(*_stand_ins(inputs), **options)
     except Error:
         raise
     except Exception as error:
@@ -615,9 +618,10 @@ def infer(function: Callable[..., Any], inputs: Inputs, options: Mapping[str, An
         raise Error(f"{name} cannot be tried without data ({error}); say what it returns with spec=") from error
     lead = inputs.nodes[0].spec
     shape = lead.shape if inputs.unit == "element" else tuple(result.shape)
-    if inputs.unit == "element" and result.numel() != lead.numel:
+    given = lead.numel if result.is_meta else _TRIAL
+    if inputs.unit == "element" and result.numel() != given:
         raise Error(
-            f"the function makes {result.numel()} values of {lead.numel}; one that changes a tensor's shape "
+            f"the function makes {result.numel()} values of {given}; one that changes a tensor's shape "
             'needs unit="row" or unit="tensor"'
         )
     if inputs.unit == "row" and shape[:1] != lead.shape[:1]:
@@ -625,21 +629,35 @@ def infer(function: Callable[..., Any], inputs: Inputs, options: Mapping[str, An
             f"the function makes {list(shape)} of {list(lead.shape)}; what is computed row by row must keep the "
             'first axis, else say unit="tensor"'
         )
-    stored = promote(*(node.spec.dtype for node in inputs.nodes))
     return Spec(shape, stored if result.dtype == working_dtype(stored) else result.dtype)
 
 
-def _meta(argument: Argument, unit: Unit) -> Any:
-    def empty(node: Lazy) -> Tensor:
-        shape = (node.spec.numel,) if unit == "element" else node.spec.shape
-        return torch.empty(shape, dtype=working_dtype(node.spec.dtype), device="meta")
+_TRIAL = 3
+"""Elements to try an elementwise function on."""
 
-    if isinstance(argument, Stack):
-        return torch.stack([empty(member) for member in argument.members])
-    if isinstance(argument, Entire):
-        spec = argument.node.spec
-        return torch.empty(spec.shape, dtype=working_dtype(spec.dtype), device="meta")
-    return empty(argument) if is_lazy(argument) else argument
+
+def _stand_ins(inputs: Inputs) -> list[Any]:
+    """Arguments without data, to see what comes out.
+
+    An elementwise function is tried on a few ones: PyTorch imports its compiler, seconds long, at the
+    first sum on the meta device. Where shapes matter, the meta device is the only way.
+    """
+    few = inputs.unit == "element" and not any(isinstance(a, Entire) for a in inputs.arguments)
+
+    def stand_in(node: Lazy, shape: tuple[int, ...]) -> Tensor:
+        dtype = working_dtype(node.spec.dtype)
+        return torch.ones(_TRIAL, dtype=dtype) if few else torch.empty(shape, dtype=dtype, device="meta")
+
+    def one(argument: Argument) -> Any:
+        if isinstance(argument, Stack):
+            return torch.stack([one(member) for member in argument.members])
+        if isinstance(argument, Entire):
+            return stand_in(argument.node, argument.node.spec.shape)
+        if not is_lazy(argument):
+            return argument
+        return stand_in(argument, (argument.spec.numel,) if inputs.unit == "element" else argument.spec.shape)
+
+    return [one(argument) for argument in inputs.arguments]
 
 
 # Out of the lazy world

@@ -27,7 +27,8 @@ from weightsmith.weights._files import Bytes, read_bytes
 from weightsmith.weights._layout import Contents, Layout
 from weightsmith.weights._lazy import Lazy, Scratch, as_buffer
 from weightsmith.weights._spec import Spec, dtype_name
-from weightsmith.weights._torchfile import LARGEST_TENSOR, strided
+from weightsmith.weights._strided import strided
+from weightsmith.weights._torchtree import LARGEST_TENSOR
 from weightsmith.weights._zip import DEFLATED, STORED, Archive, Member, Part, plan
 
 LARGEST_HEADER = 2**16

@@ -63,7 +63,10 @@ class Plan:
 
     def identity(self) -> object:
         """What must be equal for an interrupted save to be continued."""
-        nodes = {n: self.weights.node(n).identity() for n in self.layout.places}
+        nodes: dict[str, object] = {}
+        for name in self.layout.places:
+            with naming(name):
+                nodes[name] = self.weights.node(name).identity()
         laid = [[file.name, file.size, [[o, data.hex()] for o, data in file.fixed]] for file in self.layout.files]
         return [__version__, str(self.target.absolute()), nodes, laid, UNIT]
 
