@@ -120,7 +120,11 @@ def measure(job: str, source: Path, target: Path, threads: int) -> dict[str, flo
         shutil.rmtree(target)
     os.sync()
     command = [sys.executable, "-c", PRELUDE + JOBS[job], str(source), str(target)]
-    environment = os.environ | {"JOB_THREADS": str(threads), "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive"}
+    environment = os.environ | {
+        "JOB_THREADS": str(threads),
+        "OMP_NUM_THREADS": str(threads),
+        "OMP_WAIT_POLICY": "passive",
+    }
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode:
         raise SystemExit(f"{job} failed:\n{done.stderr}")

@@ -16,7 +16,7 @@ release = version = __version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "mathml", "pages"]
 exclude_patterns = ["_build"]
 default_role = "code"
-smartquotes = False  # they would change options such as --all
+smartquotes_action = "D"  # dashes only; quotes stay as they are typed in code
 nitpicky = False
 myst_enable_extensions = ["dollarmath", "deflist"]
 myst_heading_anchors = 3

@@ -9,8 +9,8 @@ from weightsmith.weights import _execute, _lazy, _save
 
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chunks of 8 elements and units of 24, so that small tensors are cut as large ones are."""
+    """Chunks of 16 elements and units of 32, so that small tensors are cut as large ones are."""
     for module in (_lazy, _execute, _save):
-        monkeypatch.setattr(module, "CHUNK", 8)
+        monkeypatch.setattr(module, "CHUNK", 16)
     for module in (_lazy, _save):
-        monkeypatch.setattr(module, "UNIT", 24)
+        monkeypatch.setattr(module, "UNIT", 32)

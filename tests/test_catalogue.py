@@ -308,6 +308,17 @@ def test_rows_are_chosen_by_room_and_pattern(here: Path) -> None:
         _methods.rows("merg")
 
 
+def test_rooms_are_told_apart(here: Path) -> None:
+    for room in ("merge/align", "prune"):
+        edit(here, f"src/weightsmith/{room}/__init__.py", lambda _: "METHODS = table(halve)")
+        edit(here, f"src/weightsmith/{room}/_halve.py", lambda _: KERNEL)
+    assert [row["method"] for row in _methods.rows("merge")] == ["merge.halve", "merge.align.halve"]
+    assert [row["method"] for row in _methods.rows("prune")] == ["prune.halve"]
+    with pytest.raises(Error, match=r"'halve' is in several rooms: merge.halve or merge.align.halve or prune.halve"):
+        invoke("halve")
+    assert "weightsmith.prune.halve" in invoke("prune.halve")
+
+
 def test_the_list_fits_a_terminal(here: Path) -> None:
     text = invoke()
     assert "halve" in text

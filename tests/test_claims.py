@@ -6,6 +6,7 @@ import json
 import math
 import random
 import statistics
+import sys
 from pathlib import Path
 
 import pytest
@@ -143,8 +144,10 @@ def test_helpers_are_imported_and_part_of_the_digest(path: Path) -> None:
     result = claims.run(path)
     assert result.figures["other"] == [7, 7, 7]
     assert claims.find(path.parent) == [path]
-    helper.write_text("OTHER = 8")
+    assert str(path.parent) not in sys.path
+    helper.write_text("OTHER = 8 ")
     assert claims.is_stale(result, path)
+    assert claims.run(path).figures["other"] == [8, 8, 8]  # the helper was not kept from the first run
 
 
 @pytest.mark.parametrize(

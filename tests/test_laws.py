@@ -61,6 +61,7 @@ def edges() -> Iterator[tuple[str, Tensor]]:
 
 SAMPLES = dict(zoo())
 EDGES = dict(edges())
+OF_ONE_SHAPE = [kind for kind in SAMPLES if not kind.startswith("plain") and kind not in ("many ties", "near-equal")]
 SCALAR = {"a single number": random(4, seed=7)}
 
 
@@ -191,6 +192,13 @@ def samples_for(method: str) -> dict[str, Tensor]:
     return SAMPLES | EDGES | (SCALAR if room_of(method).scalars else {})
 
 
+def close(found: Tensor, expected: Tensor, inputs: Tensor, what: str) -> None:
+    """Equal; floats up to a sum's rounding at the size of the inputs."""
+    size = float(inputs.abs().max()) if inputs.numel() and expected.is_floating_point() else 0.0
+    step = max(torch.finfo(expected.dtype).eps, 1e-6) if expected.is_floating_point() else 0.0
+    torch.testing.assert_close(found, expected, rtol=2 * step, atol=step * size, msg=lambda text: f"{what}: {text}")
+
+
 # The laws that cards name
 
 
@@ -299,7 +307,7 @@ def test_any_strides_give_the_same(method: str):
         for other in strided(sample):
             found = results(kernel, room_of(method).arguments(kernel, other))
             for one, two in zip(found, expected, strict=True):
-                torch.testing.assert_close(one, two, msg=lambda text, kind=kind: f"{kind}: {text}")
+                close(one, two, sample, kind)
 
 
 @every_method
@@ -328,7 +336,8 @@ def test_other_dtypes_are_computed_in_float32_or_wider_and_rounded_once(method: 
 @pytest.mark.usefixtures("small_pieces")
 def test_streamed_equals_direct(method: str, dtype: torch.dtype, tmp_path: Path):
     """In several chunks and units, by name and through a file, with one thread and with three."""
-    samples = {f"{i}.weight": sample for i, sample in enumerate(samples_for(method).values())}
+    chosen = [sample for kind, sample in samples_for(method).items() if kind not in OF_ONE_SHAPE]
+    samples = {f"{i}.weight": sample for i, sample in enumerate(chosen)}
     samples["strided"] = random(4, 7, 9, seed=50).transpose(1, 2)
     samples = {name: sample.clamp(-3e4, 3e4).to(dtype) for name, sample in samples.items()}
     room, public = room_of(method), METHODS[method]
@@ -336,13 +345,15 @@ def test_streamed_equals_direct(method: str, dtype: torch.dtype, tmp_path: Path)
     for name, sample in samples.items():
         expected |= room.directly(public.kernel, name, sample)
     lazy = room.lazily(public, samples)
-    assert {n: (s.shape, s.dtype) for n, s in lazy.specs.items()} == {n: (t.shape, t.dtype) for n, t in expected.items()}
+    assert {n: (s.shape, s.dtype) for n, s in lazy.specs.items()} == {
+        n: (t.shape, t.dtype) for n, t in expected.items()
+    }
     for threads in (1, 3):
         room.lazily(public, samples).save(tmp_path / f"{threads}.safetensors", threads=threads)
     one, three = (ws.open(tmp_path / f"{threads}.safetensors") for threads in (1, 3))
     assert set(one) == set(three) == set(expected)
     for name, value in expected.items():
-        torch.testing.assert_close(lazy[name], value, msg=lambda text, name=name: f"{name}: {text}")
+        close(lazy[name], value, value, name)
         assert torch.equal(one[name], lazy[name]), f"{name} is not the same when saved"
         assert torch.equal(three[name], one[name]), f"{name} depends on the number of threads"
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import re
+import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,17 +21,17 @@ from sphinx.ext.napoleon.docstring import GoogleDocstring
 from weightsmith.catalogue import INTERNAL, Catalogue, Evidence, Method
 from weightsmith.cli import root
 
-_SPAN = re.compile(r"``(.+?)``|`(.+?)`")
+_SPAN = re.compile(r"``(.+?)``|`(.+?)`|(?<![\w-])(--[a-z][\w-]*)")
 
 
 # Words in reStructuredText
 
 
 def prose(text: str) -> str:
-    """Plain words: nothing but code in backquotes means anything."""
+    """Plain words, in which only code in backquotes and options such as ``--json`` are marked."""
     parts, last = [], 0
     for span in _SPAN.finditer(text):
-        parts += [_escaped(text[last : span.start()]), f"``{span[1] or span[2]}``"]
+        parts += [_escaped(text[last : span.start()]), f"``{span[1] or span[2] or span[3]}``"]
         last = span.end()
     return " ".join("".join([*parts, _escaped(text[last:])]).split())
 
@@ -133,7 +134,7 @@ def verdict_text(found: Evidence) -> str:
     title = f"*{prose(found.paper.title)}* (``{found.paper.key}``): "
     if found.claim is None:
         return title + "not measured here yet.\n"
-    text = title + prose(found.claim.statement) + "\n\n"
+    text = title + prose(found.claim.statement) + ".\n\n"
     if found.result is None:
         return text + badge(found.verdict) + "\n"
     low, high = found.result.interval
@@ -143,8 +144,11 @@ def verdict_text(found: Evidence) -> str:
         f"95 % interval {low:+.3g} to {high:+.3g} over {len(r.seeds)} seeds; asserted at least {r.margin:g}"
         f"{'' if r.higher_is_better else ' (lower figures are better, the sign is turned)'}.\n\n"
     )
-    rows = [(prose(name), *(f"{value:.4g}" for value in values)) for name, values in r.figures.items()]
-    return text + list_table(rows, ("figure", *(f"seed {seed}" for seed in r.seeds)))
+    rows = [
+        (prose(name), *(f"{value:.4g}" for value in (statistics.fmean(values), min(values), max(values))))
+        for name, values in r.figures.items()
+    ]
+    return text + list_table(rows, ("figure", "mean", "lowest seed", "highest seed"))
 
 
 def source(method: Method, catalogue: Catalogue) -> str:
@@ -234,12 +238,12 @@ def papers_page(evidence: Sequence[Evidence]) -> str:
 def _works(evidence: Sequence[Evidence]) -> Iterator[str]:
     for family, members in by_family(e for e in evidence if e.methods or e.claim):
         yield heading(family, "~")
-        yield list_table((_paper_row(e) for e in members), ("paper", "methods and tests", "claim"), "40 40 20")
+        yield list_table((_paper_row(e) for e in members), ("paper", "claim", "methods and tests"), "45 15 40", "wide")
 
 
 def _paper_row(found: Evidence) -> tuple[str, str, str]:
     places = [f"| {link(m)}\n| ``{m.file}:{m.line}``\n| ``{m.test}``" for m in found.methods]
-    return f"| {prose(found.paper.title)}\n| ``{found.paper.key}``", "\n".join(places), badge(found.verdict)
+    return f"| {prose(found.paper.title)}\n| ``{found.paper.key}``", badge(found.verdict), "\n".join(places)
 
 
 def _open(evidence: Sequence[Evidence]) -> Iterator[str]:

@@ -160,7 +160,7 @@ def load(path: Path) -> tuple[Claim, Measure]:
         raise Error(f"{path}: cannot be read as Python")
     module = importlib.util.module_from_spec(spec)
     try:
-        with _importable(path.parent):
+        with _importable(path):
             spec.loader.exec_module(module)
     except ModuleNotFoundError as error:
         raise missing(str(error.name), "claims", f"the claim {path.name}") from None
@@ -176,13 +176,15 @@ def load(path: Path) -> tuple[Claim, Measure]:
 
 
 @contextmanager
-def _importable(folder: Path) -> Iterator[None]:
-    """Let claims import the helpers beside them."""
-    sys.path.insert(0, str(folder))
+def _importable(path: Path) -> Iterator[None]:
+    """Let a claim import the helpers beside it, and leave no trace: another folder may have some of that name."""
+    sys.path.insert(0, str(path.parent))
     try:
         yield
     finally:
-        sys.path.remove(str(folder))
+        sys.path.remove(str(path.parent))
+        for helper in helpers(path):
+            sys.modules.pop(helper.stem, None)
 
 
 def run(path: Path, tell: Callable[[str], None] = lambda line: None) -> Result:

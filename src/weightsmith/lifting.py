@@ -35,7 +35,9 @@ def checked_options(kernel: Callable[..., Any], given: Mapping[str, Any]) -> Non
     for name in given:
         if name not in known:
             method = kernel.__name__
-            raise Error(f"{method} has no option {name!r}{did_you_mean(name, known)}; it has {', '.join(known) or 'none'}")
+            raise Error(
+                f"{method} has no option {name!r}{did_you_mean(name, known)}; it has {', '.join(known) or 'none'}"
+            )
     lacking = [name for name, default in known.items() if default is inspect.Parameter.empty and name not in given]
     if lacking:
         raise Error(f"{kernel.__name__} needs the option {lacking[0]}=")

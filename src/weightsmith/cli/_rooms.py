@@ -26,7 +26,6 @@ from weightsmith.errors import did_you_mean
 _FILES = {"base"}
 """What a method may need and a path can give."""
 
-_SUPPLIED = ("solved", "start", "generator")
 _METHOD = "Method"
 
 # What rooms add to their methods is explained in no docstring of a method.
@@ -47,28 +46,8 @@ def rooms() -> list[str]:
 @functools.cache
 def _methods() -> tuple[Method, ...]:
     catalogue = Catalogue()
-    lifted = {room for room in catalogue.tables if _leading(room)}
-    return tuple(m for m in catalogue.methods if m.room in lifted and set(m.needs) <= _FILES)
-
-
-@functools.cache
-def _leading(room: str) -> tuple[Parameter, ...]:
-    """What a room's public functions take before a kernel's own options."""
-    file = PACKAGE.joinpath(*room.split("."), "room.py")
-    if not file.exists():
-        return ()
-    for node in ast.parse(file.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.Assign) and any(ast.unparse(target) == "_PARAMETERS" for target in node.targets):
-            return tuple(_parameter(call) for call in getattr(node.value, "elts", []) if isinstance(call, ast.Call))
-    return ()
-
-
-def _parameter(call: ast.Call) -> Parameter:
-    """A written-out ``inspect.Parameter("name", KIND, default=..., annotation="...")``."""
-    fields = {keyword.arg: keyword.value for keyword in call.keywords}
-    default = ast.unparse(fields["default"]) if "default" in fields else None
-    annotation = ast.literal_eval(fields["annotation"]) if "annotation" in fields else ""
-    return Parameter(ast.literal_eval(call.args[0]), annotation, default)
+    rooms = {room: catalogue.lifted(room) for room in catalogue.tables if catalogue.leading(room)}
+    return tuple(m for m in catalogue.methods if m.name in rooms.get(m.room, ()) and set(m.needs) <= _FILES)
 
 
 class Room(click.Group):
@@ -110,12 +89,10 @@ def group(room: str) -> click.Group:
 
 def command(method: Method) -> click.Command:
     """The command of one method."""
-    leading = _leading(method.room)
-    first, others = leading[0], leading[1:]
+    first, *others = method.public
     several = "Sequence" in first.annotation
-    own = [p for p in method.options if p.name not in _SUPPLIED and p.name not in {o.name for o in others}]
     words = _arguments(method.docstring)
-    options = [_option(p, words.get(p.name) or _WORDS.get(p.name, ""), method) for p in (*others, *own)]
+    options = [_option(p, words.get(p.name) or _WORDS.get(p.name, ""), method) for p in others]
     names = {one.name for one in options}
     argument = click.Argument(
         ["inputs"], type=PATH, nargs=-1 if several else 1, required=True, metavar="MODEL..." if several else "PATH"

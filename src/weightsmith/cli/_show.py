@@ -85,6 +85,7 @@ def command() -> click.Command:
         """
         from weightsmith import open as open_weights
         from weightsmith.inspect import summary
+        from weightsmith.weights._lineage import lines
 
         weights = open_weights(path, at=at, format=input_format)
         made = weights.lineage
@@ -98,6 +99,8 @@ def command() -> click.Command:
             click.echo("\n" + "\n".join(clean(line) for line in str(made).splitlines()))
             if not (stats or spectra or layers or everything):
                 return
+        elif made.past:
+            click.echo(clean(f"made by {lines(made.past)[0]}; --lineage shows where that comes from"))
         click.echo()
         _tables(found, stats, spectra, layers, everything)
 

@@ -53,7 +53,7 @@ def combined(models: Tensor, coefficients: Sequence[float]) -> Tensor:
 def delta_gram(models: Tensor, base: Tensor) -> Tensor:
     """Inner products ``[k, k]`` of the differences ``models - base``; additive over chunks."""
     models, base = wide(models, base)
-    deltas = (models - base).flatten(1)
+    deltas = (models - base).reshape(len(models), base.numel())
     return (deltas @ deltas.T).double()
 
 

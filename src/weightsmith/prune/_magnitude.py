@@ -19,7 +19,7 @@ from weightsmith.card import card
     claim="up to a knee in sparsity the smallest weights can be removed at once with little loss",
 )
 def magnitude(weight: Tensor) -> Tensor:
-    r"""The absolute value of every weight.
+    r"""Score every weight by its absolute value: the smallest go first.
 
     .. math:: s_{ij} = |w_{ij}|
 

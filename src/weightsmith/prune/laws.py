@@ -11,18 +11,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from weightsmith.prune.room import acted, allocated, scored, selected
-from weightsmith.weights import Weights
+from weightsmith.prune._select import cut_at, kept
+from weightsmith.weights import in_memory
 
 Kernel = Callable[..., Tensor]
 
 
 def _mask(kernel: Kernel, weight: Tensor, sparsity: float) -> Tensor:
-    """What the room's loop keeps with this score."""
-    weights = Weights.of({"w": weight})
-    scores = {"w": scored(kernel, weights.node("w"), {})}
-    masks = selected(scores, allocated(scores, sparsity, "tensor"), "tensor")
-    return acted(weights, masks, "mask", "law", {})["w"]
+    """What is kept with this score."""
+    score = kernel(weight)
+    total = score.numel()
+    return kept(score, in_memory(cut_at(total - round(sparsity * total), total), score))
 
 
 def nested(kernel: Kernel, weight: Tensor) -> None:

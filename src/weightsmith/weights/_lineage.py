@@ -17,6 +17,9 @@ from weightsmith.weights._files import Bytes, read_bytes
 KEY = "weightsmith.lineage"
 """Under this word the tree stands in a file's metadata."""
 
+MOST_STEPS, DEEPEST = 1000, 100
+"""Steps of a tree, and levels, that are recorded."""
+
 SAMPLES, SAMPLE = 32, 4096  # places and bytes per place that a digest looks at
 
 DEEPEST = 100  # levels of JSON that are told; what lies under them is left out
@@ -35,27 +38,38 @@ class Step:
     """What a file that was opened said of itself."""
 
     def record(self) -> dict[str, Any]:
-        """The tree as JSON-able data, with a digest of every input file.
+        """The tree as JSON-able data, with a digest of every input file. A very large tree is cut short."""
+        return self._record(0, [MOST_STEPS], {})
 
-        A step whose result is used several times is told once, and named after that.
-        """
-        return self._record({}, DEEPEST)
-
-    def _record(self, told: dict[int, dict[str, Any]], levels: int) -> dict[str, Any]:
-        if id(self) in told:
-            # A leaf is short enough to repeat; a branch repeated at every fork would grow without end.
-            return {"method": self.method, "again": True} if self.inputs else told[id(self)]
+    def _record(self, depth: int, left: list[int], digests: dict[int, str]) -> dict[str, Any]:
+        left[0] -= 1
         record: dict[str, Any] = {"method": self.method}
-        told[id(self)] = record
         if self.options:
             record["options"] = {name: _plain(value) for name, value in self.options.items()}
         if self.files:
-            record["digest"] = {file.name.rsplit("/", 1)[-1]: digest(file) for file in self.files}
+            for file in self.files:
+                if id(file) not in digests:
+                    digests[id(file)] = digest(file)
+            record["digest"] = {file.name.rsplit("/", 1)[-1]: digests[id(file)] for file in self.files}
         if self.past:
-            record["made"] = _cut(self.past, levels)
-        if self.inputs:
-            record["inputs"] = [step._record(told, levels - 2) for step in self.inputs] if levels > 0 else _LEFT_OUT
+            record["made"] = dict(self.past)
+        if self.inputs and (depth >= DEEPEST or left[0] < len(self.inputs)):
+            record["inputs"] = [{"method": "..."}]  # a loop of arithmetic: the steps would outgrow the weights
+        elif self.inputs:
+            record["inputs"] = [step._record(depth + 1, left, digests) for step in self.inputs]
         return record
+
+    def all_files(self) -> list[Bytes]:
+        """Every file that something was read from, in the order of the tree."""
+        found: dict[int, Bytes] = {}
+        todo, seen = [self], set()
+        while todo:
+            step = todo.pop()
+            if id(step) not in seen:
+                seen.add(id(step))
+                found |= {id(file): file for file in step.files}
+                todo += reversed(step.inputs)
+        return list(found.values())
 
     def __str__(self) -> str:
         return "\n".join(lines(self.record()))

@@ -91,7 +91,7 @@ def _opened(source: Any, format: str | None, at: str | None, dtype: torch.dtype 
     if at is None and "::" in path and not os.path.exists(path):
         path, at = path.rsplit("::", 1)
     contents, files = _contents(path, format, at, dtype)
-    options = {"path": path} | ({"at": at} if at else {})
+    options = {"path": _said(path)} | ({"at": at} if at else {})
     step = Step("open", options, (), tuple(files), parsed(contents.metadata))
     return Weights(contents.nodes, step, contents.files, contents.metadata)
 
@@ -116,6 +116,15 @@ def _contents(
         folder = LocalFolder(os.path.dirname(path) or ".")
         return read_shards(folder, _indexed(folder, os.path.basename(path)), at, dtype)
     return read_file(file, format, at, dtype), [file]
+
+
+def _said(path: str) -> str:
+    """A path for the lineage: addresses without the secrets that may be in them."""
+    if not is_remote(path):
+        return path
+    from weightsmith.weights import _remote
+
+    return _remote.shown(path)
 
 
 def read_file(file: Bytes, format: str | None, at: str | None, dtype: torch.dtype | str | None) -> Contents:

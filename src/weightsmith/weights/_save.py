@@ -21,7 +21,7 @@ from weightsmith._version import __version__
 from weightsmith.errors import Error, OutputError, did_you_mean
 from weightsmith.weights import _lineage, _safetensors
 from weightsmith.weights._execute import Call, Job, as_bytes, default_threads, run, solving, working_set
-from weightsmith.weights._files import Bytes, is_remote, read_bytes
+from weightsmith.weights._files import Bytes, LocalFile, is_remote, read_bytes
 from weightsmith.weights._layout import Layout
 from weightsmith.weights._lazy import CHUNK, UNIT, Lazy, Output, Reduction, Scratch, as_buffer, convert, naming
 from weightsmith.weights._open import NOT_MODELS, SUFFIXES, input_files
@@ -215,7 +215,7 @@ def laid_out(weights: Weights, format: str, name: str, shard: int | None) -> Lay
 
 def _companions(weights: Weights) -> dict[str, bytes | Bytes]:
     """Files to carry, with the dtype in config.json following a cast."""
-    small = dict(weights.files)
+    small = {**_recovered(weights), **weights.files}
     config = small.get("config.json")
     if config is not None:
         small["config.json"] = _with_dtype(config, weights)
@@ -229,6 +229,18 @@ def _check_companions(place: str, small: Mapping[str, object], layout: Layout) -
             raise Error(f"{place}: a file beside the tensors is called {name!r}, as the tensors' own; rename it")
         if not name or os.path.isabs(name) or ".." in Path(name).parts:
             raise Error(f"{place}: a file beside the tensors is called {name!r}, which is outside the folder")
+
+
+def _recovered(weights: Weights) -> dict[str, bytes]:
+    """Config and tokenizer of weights that come from a GGUF file, which keeps them inside."""
+    if "config.json" in weights.files:
+        return {}
+    for file in weights.lineage.all_files():
+        if isinstance(file, LocalFile) and file.path.suffix == ".gguf":
+            from weightsmith.weights import _gguf
+
+            return _gguf.companions(file.path)
+    return {}
 
 
 def _with_dtype(config: bytes | Bytes, weights: Weights) -> bytes | Bytes:
@@ -463,9 +475,13 @@ def _save_remote(
     """Make it whole here, then send it."""
     from weightsmith.weights import _remote
 
+    shown = _remote.shown(url)
+    for file in [*weights.lineage.all_files(), *weights.files.values()]:
+        if isinstance(file, _remote.RemoteFile) and f"{file.name}/".startswith(f"{shown.rstrip('/')}/"):
+            raise OutputError(f"{shown} holds an input of this save ({file.name}); inputs are never written to")
     with tempfile.TemporaryDirectory(prefix="weightsmith-") as place:
-        local = Path(place, url.rstrip("/").rsplit("/", 1)[-1] or "weights")
+        local = Path(place, shown.rstrip("/").rsplit("/", 1)[-1] or "weights")
         saved = save(weights, local, format=format, max_shard_size=shard, overwrite=False, resume=False,
                      threads=threads, memory=memory)  # fmt: skip
         _remote.upload(local, url, overwrite)
-    return Saved(url, saved.files, saved.tensors, saved.nbytes, 0)
+    return Saved(shown, saved.files, saved.tensors, saved.nbytes, 0)

@@ -66,7 +66,7 @@ class Weights(Mapping[str, Tensor]):
     ):
         self._nodes = dict(nodes)
         self.lineage = lineage or Step("memory")
-        """What made these weights: a tree of `Step`, printable and recorded in outputs."""
+        """The tree of `Step` that made these weights; printable, and recorded in outputs."""
         self.files: Mapping[str, bytes | Bytes] = dict(files or {})
         """What travels beside the tensors (config, tokenizer, licence), by relative path."""
         self.metadata: Mapping[str, str] = dict(metadata or {})

@@ -1,0 +1,308 @@
+"""Pruning whole checkpoints: score, allocate, select, act."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import weightsmith as ws
+from weightsmith.card import card
+from weightsmith.errors import Error
+from weightsmith.prune import apply_mask, lift, mask_of, prunable, sparsity_of
+from weightsmith.weights import Spec, Weights
+
+
+class Unread:
+    """A node with a spec and no values."""
+
+    grain = 1
+
+    def __init__(self, *shape: int):
+        self.spec = Spec(shape, torch.float32)
+
+    def read(self, start: int, stop: int, scratch: object) -> Tensor:
+        raise AssertionError("was read")
+
+    def inputs(self) -> tuple[()]:
+        return ()
+
+    def identity(self) -> object:
+        return "unread"
+
+
+def unread(**shapes: tuple[int, ...]) -> Weights:
+    return Weights({name: Unread(*shape) for name, shape in shapes.items()})
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def zeros(weights: Any) -> dict[str, int]:
+    return {name: int((weights[name] == 0).sum()) for name in weights}
+
+
+# Which tensors
+
+
+def test_matrices_and_convolutions_are_pruned_unless_they_are_embeddings_or_the_head():
+    names = {
+        "model.embed_tokens.weight": (8, 4),
+        "transformer.wte.weight": (8, 4),
+        "transformer.wpe.weight": (8, 4),
+        "tok_embeddings.weight": (8, 4),
+        "shared.weight": (8, 4),
+        "layers.0.mlp.weight": (4, 4),
+        "layers.0.norm.weight": (4,),
+        "layers.0.conv.weight": (2, 3, 3, 3),
+        "layers.0.attention.output.weight": (4, 4),
+        "shared_expert.weight": (4, 4),
+        "scale": (),
+        "output.weight": (8, 4),
+        "lm_head.weight": (8, 4),
+    }
+    weights = Weights.of(
+        {name: torch.zeros(shape) for name, shape in names.items()} | {"n.count": torch.ones(2, 2).int()}
+    )
+    assert prunable(weights) == [
+        "layers.0.mlp.weight",
+        "layers.0.conv.weight",
+        "layers.0.attention.output.weight",
+        "shared_expert.weight",
+    ]
+    assert [
+        n for n, count in zeros(ws.prune.magnitude({n: normal(*s) for n, s in names.items()})).items() if count
+    ] == (prunable(weights))
+
+
+def test_a_pattern_says_which():
+    weights = {"a.weight": normal(10), "b.weight": normal(2, 5), "n": torch.ones(4).int()}
+    assert zeros(ws.prune.magnitude(weights, 0.5, pattern="a.*")) == {"a.weight": 5, "b.weight": 0, "n": 0}
+    assert zeros(ws.prune.magnitude(weights, 0.5, pattern=["a.*", "re:^b"])) == {"a.weight": 5, "b.weight": 5, "n": 0}
+    assert zeros(ws.prune.magnitude(weights, 0.5, pattern=lambda name: name == "b.weight"))["a.weight"] == 0
+
+
+def test_no_tensor_to_prune():
+    with pytest.raises(Error, match="no matrix to prune among bias; say which with pattern="):
+        ws.prune.magnitude({"bias": torch.ones(3)})
+    with pytest.raises(Error, match=r"no float tensor fits pattern='c\*'; there are a, n"):
+        ws.prune.magnitude({"a": torch.ones(2, 2), "n": torch.ones(2, 2).int()}, pattern="c*")
+    with pytest.raises(Error, match="no float tensor fits pattern='n'"):
+        ws.prune.magnitude({"a": torch.ones(2, 2), "n": torch.ones(2, 2).int()}, pattern="n")
+
+
+def test_tied_tensors_are_pruned_once_under_either_name():
+    shared = normal(4, 5)
+    weights = Weights.of({"first.weight": shared, "second.weight": shared})
+    assert prunable(weights) == ["first.weight"]
+    for pattern in (None, "*", "first*", "second*"):
+        pruned = ws.prune.magnitude(weights, 0.5, pattern=pattern)
+        assert pruned.ties == {"second.weight": "first.weight"}
+        assert zeros(pruned) == {"first.weight": 10, "second.weight": 10}
+
+
+# How much
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 10, 33])
+def test_the_count_is_exact_for_any_share(size: int):
+    for sparsity in (0, 0.1, 0.25, 1 / 3, 0.5, 0.77, 1):
+        found = ws.prune.magnitude({"w": normal(1, size)}, sparsity)["w"]
+        assert int((found == 0).sum()) == round(sparsity * size)
+
+
+def test_equal_weights_go_from_the_last():
+    found = ws.prune.magnitude({"w": torch.tensor([[1.0, -1.0, 1.0, -1.0, 1.0]])}, 0.4)["w"]
+    assert found.tolist() == [[1, -1, 1, 0, 0]]
+
+
+def test_sparsity_by_tensor():
+    weights = {f"layers.{i}.w": normal(10, 10, seed=i) for i in range(3)}
+    assert list(zeros(ws.prune.magnitude(weights, ws.by_depth([0.2, 0.6]))).values()) == [20, 40, 60]
+    assert list(zeros(ws.prune.magnitude(weights, {"layers.1.*": 0.9, "*": 0.1})).values()) == [10, 90, 10]
+    found = ws.prune.magnitude({"layers.0.w": normal(4, 8), "layers.1.w": normal(4, 8)}, {"*.0.*": "2:4", "*": 0.25})
+    assert list(zeros(found).values()) == [16, 8]
+
+
+def test_one_budget_for_all():
+    weights = {"small": 0.01 * normal(10, 10), "large": normal(10, 10, seed=1)}
+    found = ws.prune.magnitude(weights, 0.5, scope="global")
+    assert sum(zeros(found).values()) == 100
+    assert zeros(found)["small"] > 95
+    joined = torch.cat([weight.flatten() for weight in weights.values()]).abs()
+    expected = joined >= joined.sort(descending=True).values[99]
+    assert torch.equal(torch.cat([(found[name] != 0).flatten() for name in found]), expected)
+
+
+def test_one_budget_among_equals_goes_to_the_first_tensor():
+    weights = {"a": torch.ones(2, 4), "b": torch.ones(2, 4)}
+    assert zeros(ws.prune.magnitude(weights, 0.25, scope="global")) == {"a": 0, "b": 4}
+
+
+@pytest.mark.parametrize(("pattern", "keep", "group"), [("2:4", 2, 4), ("1:4", 1, 4), ("4:8", 4, 8), ("0:2", 0, 2)])
+def test_n_of_m(pattern: str, keep: int, group: int):
+    weight = normal(6, 2, 4, 4)
+    found = ws.prune.magnitude({"conv": weight}, pattern)["conv"]
+    runs, given = found.reshape(-1, group), weight.reshape(-1, group)
+    assert ((runs != 0).sum(1) == keep).all()
+    for run, before in zip(runs, given, strict=True):
+        assert sorted(run[run != 0].abs().tolist()) == sorted(before.abs().sort().values[group - keep :].tolist())
+
+
+@pytest.mark.usefixtures("small_pieces")
+def test_n_of_m_in_pieces_is_that_of_the_whole(tmp_path: Path):
+    weights = {"w": normal(40, 12).bfloat16()}
+    pruned = ws.prune.magnitude(weights, "2:4")
+    pruned.save(tmp_path / "w.safetensors", threads=3)
+    assert torch.equal(ws.open(tmp_path / "w.safetensors")["w"], pruned["w"])
+    assert ((pruned["w"].reshape(-1, 4) != 0).sum(1) == 2).all()
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "options", "message"),
+    [
+        (1.5, {}, "sparsity of w must lie between 0 and 1, got 1.5"),
+        (-0.1, {}, "sparsity of w must lie between 0 and 1, got -0.1"),
+        (float("nan"), {}, "must lie between 0 and 1, got nan"),
+        (None, {}, "must lie between 0 and 1, got None"),
+        ("half", {}, "sparsity of w: 'half' is no pattern"),
+        ("2:4", {}, r"w: its 6 inputs a row cannot be cut into groups of 4"),
+        ({"v": 0.5}, {}, "sparsity says nothing for the tensor w"),
+        ("3:6", {"scope": "global"}, "sparsity must be one number"),
+        ({"w": 0.5, "*": 0.25}, {"scope": "global"}, "sparsity must be one number"),
+        (0.5, {"scope": "globl"}, "scope must be 'tensor' or 'global', got 'globl'"),
+        (0.5, {"action": "drop"}, "action must be 'zero' or 'mask', got 'drop'"),
+        (0.5, {"power": 2}, "magnitude has no option 'power'; it has none"),
+    ],
+)
+def test_a_bad_option_is_found_before_anything_is_read(sparsity: Any, options: dict, message: str):
+    with pytest.raises(Error, match=message):
+        ws.prune.magnitude(unread(w=(4, 6), x=(4, 6)), sparsity, **options)
+
+
+def test_a_single_number_is_no_row_of_inputs():
+    assert ws.prune.magnitude({"s": torch.tensor(2.0)}, 1.0, pattern="s")["s"] == 0
+    with pytest.raises(Error, match="s: its 1 inputs a row cannot be cut into groups of 4"):
+        ws.prune.magnitude({"s": torch.tensor(2.0)}, "2:4", pattern="s")
+
+
+def test_empty_tensors():
+    weights = {"none": torch.zeros(0, 4), "wide": torch.zeros(3, 0), "w": normal(2, 4)}
+    for sparsity in (0.5, "2:4"):
+        found = ws.prune.magnitude(weights, sparsity)
+        assert {name: tuple(found[name].shape) for name in found} == {"none": (0, 4), "wide": (3, 0), "w": (2, 4)}
+        assert zeros(found)["w"] == 4
+    assert zeros(ws.prune.magnitude(weights, 0.5, scope="global"))["w"] == 4
+
+
+# What is done with it
+
+
+def test_the_rest_is_untouched_bit_for_bit():
+    weights = {"w": normal(8, 8).bfloat16(), "bias": normal(8), "n": torch.tensor(3)}
+    found = ws.prune.magnitude(weights, 0.5)
+    assert torch.equal(found["bias"], weights["bias"])
+    assert found["n"] == 3
+    assert found["w"].dtype == torch.bfloat16
+    alive = found["w"] != 0
+    assert torch.equal(found["w"][alive], weights["w"][alive])
+
+
+def test_masks_are_boolean_and_say_what_is_kept():
+    weights = {"w": normal(6, 5), "bias": normal(5)}
+    masks = ws.prune.magnitude(weights, 0.5, action="mask")
+    assert list(masks) == ["w"]
+    assert masks.spec("w") == Spec((6, 5), torch.bool)
+    pruned = ws.prune.magnitude(weights, 0.5)
+    assert torch.equal(masks["w"], pruned["w"] != 0)
+    again = apply_mask(weights, masks)
+    assert all(torch.equal(again[name], pruned[name]) for name in pruned)
+
+
+def test_a_mask_can_be_saved_and_read_back(tmp_path: Path):
+    weights = {"w": normal(6, 5)}
+    ws.prune.magnitude(weights, 0.5, action="mask").save(tmp_path / "mask.safetensors")
+    pruned = apply_mask(weights, ws.open(tmp_path / "mask.safetensors"))
+    assert torch.equal(pruned["w"], ws.prune.magnitude(weights, 0.5)["w"])
+
+
+def test_a_mask_zeroes_what_is_not_finite():
+    found = apply_mask({"w": torch.tensor([torch.nan, torch.inf, 1.0])}, Weights.of({"w": torch.tensor([False] * 3)}))
+    assert found["w"].tolist() == [0, 0, 0]
+
+
+def test_masks_that_do_not_fit():
+    weights = {"w": torch.ones(2, 2)}
+    with pytest.raises(Error, match=r"the mask of v fits no tensor of that name and shape \[2\]"):
+        apply_mask(weights, Weights.of({"v": torch.ones(2).bool()}))
+    with pytest.raises(Error, match=r"the mask of w fits no tensor of that name and shape \[4\]"):
+        apply_mask(weights, Weights.of({"w": torch.ones(4).bool()}))
+    with pytest.raises(Error, match=r"the mask of w is float32\[2, 2\]; a mask is boolean"):
+        apply_mask(weights, Weights.of({"w": torch.ones(2, 2)}))
+
+
+def test_a_mask_under_an_alias_counts_for_the_tied_tensor():
+    shared = torch.ones(3)
+    weights = Weights.of({"a": shared, "b": shared})
+    mask = torch.tensor([True, False, True])
+    for masks in ({"a": mask}, {"b": mask}, {"a": mask, "b": mask}):
+        found = apply_mask(weights, Weights.of(masks))
+        assert found["a"].tolist() == found["b"].tolist() == [1, 0, 1]
+    with pytest.raises(Error, match="b and a are one tensor, but have two masks"):
+        apply_mask(weights, Weights.of({"a": mask, "b": ~mask}))
+
+
+def test_the_mask_that_weights_carry():
+    weights = {"w": torch.tensor([[0.0, 1.0, -0.0, torch.nan]]), "bias": torch.zeros(2)}
+    assert list(mask_of(weights)) == ["w"]
+    assert mask_of(weights)["w"].tolist() == [[False, True, False, True]]
+    assert mask_of(weights, "bias")["bias"].tolist() == [False, False]
+    assert mask_of(weights).spec("w").dtype == torch.bool
+    assert sparsity_of(weights) == 0.5
+    assert sparsity_of(weights, "*") == pytest.approx(4 / 6)
+    assert sparsity_of(ws.prune.magnitude({"w": normal(10, 10)}, 0.37)) == pytest.approx(0.37)
+
+
+def test_it_composes_with_other_steps(tmp_path: Path):
+    """Merge, then prune, in one pass."""
+    one, two = {"w": normal(20, 20)}, {"w": normal(20, 20, seed=1)}
+    pruned = ws.prune.magnitude(ws.merge.mean([one, two]), 0.5)
+    pruned.save(tmp_path / "p.safetensors")
+    expected = ws.prune.magnitude({"w": (one["w"] + two["w"]) / 2}, 0.5)["w"]
+    torch.testing.assert_close(ws.open(tmp_path / "p.safetensors")["w"], expected)
+    assert "prune.magnitude(sparsity=0.5" in str(ws.open(tmp_path / "p.safetensors").lineage)
+
+
+def test_modules_and_files(tmp_path: Path):
+    module = nn.Linear(6, 4)
+    before = module.weight.detach().clone()
+    pruned = ws.prune.magnitude(module, 0.5)
+    assert zeros(pruned)["weight"] == 12
+    assert torch.equal(module.weight, before)
+    ws.open(module).save(tmp_path / "m.safetensors")
+    assert torch.equal(ws.prune.magnitude(tmp_path / "m.safetensors", 0.5)["weight"], pruned["weight"])
+
+
+def test_a_score_of_ones_own():
+    @card(paper="p", unit="row")
+    def by_row(weight: Tensor, *, power: float = 1.0) -> Tensor:
+        return (weight.float().abs() ** power) / weight.float().abs().amax(1, keepdim=True) ** power
+
+    prune = lift(by_row)
+    weight = torch.tensor([[1.0, 2.0], [100.0, 300.0]])
+    assert prune({"w": weight}, 0.5)["w"].tolist() == [[0, 2], [0, 300]]
+    with pytest.raises(Error, match=r"by_row has no option 'powr' \(did you mean 'power'\?\)"):
+        prune({"w": weight}, 0.5, powr=2)
+    assert prune(weight, power=2)[0, 0] == 0.25  # type: ignore[call-arg]
+
+
+def test_what_a_user_sees():
+    parameters = inspect.signature(ws.prune.magnitude).parameters
+    assert list(parameters) == ["weights", "sparsity", "scope", "pattern", "action"]
+    assert ws.prune.magnitude.__module__ == "weightsmith.prune"
+    assert "absolute value" in (ws.prune.magnitude.__doc__ or "")
