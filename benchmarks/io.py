@@ -51,6 +51,18 @@ def end(**extra):
 """
 
 JOBS = {
+    "read + write + sync": """
+import os
+buffer = memoryview(bytearray(2**18))
+begin()
+os.makedirs(target)
+for name in os.listdir(source):
+    with open(os.path.join(source, name), "rb", 0) as old, open(os.path.join(target, name), "wb", 0) as new:
+        while count := old.readinto(buffer):
+            new.write(buffer[:count])
+        os.fsync(new.fileno())
+end()
+""",
     "open": """
 import weightsmith.weights as ws
 begin()
@@ -131,13 +143,15 @@ def measure(job: str, source: Path, target: Path, threads: int) -> dict[str, flo
     return json.loads(done.stdout)
 
 
-def measure_cp(source: Path, target: Path) -> dict[str, float]:
-    """`cp -r`, by what the shell's children used."""
+def measure_cp(source: Path, target: Path, synced: bool) -> dict[str, float]:
+    """`cp -r`, by what the shell's children used; ``synced`` puts the bytes on the disk, as a save does."""
     if target.exists():
         shutil.rmtree(target)
     os.sync()
     before = os.times()
     subprocess.run(["cp", "-r", str(source), str(target)], check=True)
+    if synced:
+        subprocess.run(["sync", *map(str, target.iterdir())], check=True)
     after = os.times()
     used = after.children_user + after.children_system - before.children_user - before.children_system
     return {"cpu": used, "wall": after.elapsed - before.elapsed, "memory": 0}
@@ -145,7 +159,7 @@ def measure_cp(source: Path, target: Path) -> dict[str, float]:
 
 def main() -> None:
     """Measure, print the table, and write it as JSON where asked."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--gigabytes", type=float, default=2.0)
     parser.add_argument("--large", type=float, default=16.0, help="size of the checkpoint for the memory figure")
     parser.add_argument("--rounds", type=int, default=5)
@@ -165,10 +179,13 @@ def compared(place: Path, options: argparse.Namespace) -> dict[str, object]:
     source, target = place / "source", place / "target"
     size = make(source, options.gigabytes)
     subprocess.run(f"cat {source}/* > /dev/null", shell=True, check=True)
-    rounds: dict[str, list[dict[str, float]]] = {"cp": []} | {job: [] for job in JOBS if job != "weightsmith 512MB"}
+    rounds: dict[str, list[dict[str, float]]] = {job: [] for job in ("cp", "cp + sync", *JOBS) if "512" not in job}
     for _ in range(options.rounds):
         for job, runs in rounds.items():
-            runs.append(measure_cp(source, target) if job == "cp" else measure(job, source, target, options.threads))
+            if job in JOBS:
+                runs.append(measure(job, source, target, options.threads))
+            else:
+                runs.append(measure_cp(source, target, synced=job == "cp + sync"))
     jobs = {job: {key: statistics.median(run[key] for run in runs) for key in ("cpu", "wall", "memory")}
             for job, runs in rounds.items()}  # fmt: skip
     shutil.rmtree(source)
@@ -181,17 +198,20 @@ def compared(place: Path, options: argparse.Namespace) -> dict[str, object]:
 
 def rendered(figures: dict) -> str:
     """The table for people: every figure beside its ratio to `cp` or to safetensors."""
-    jobs, cp, peer = figures["jobs"], figures["jobs"]["cp"], figures["jobs"]["load_file + save_file"]
+    jobs = figures["jobs"]
+    cp, synced, peer = jobs["cp"], jobs["cp + sync"], jobs["load_file + save_file"]
     lines = [
-        f"{figures['bytes'] / 1e9:.2f} GB sharded bf16, medians of {figures['rounds']}, {figures['machine']['threads']} threads",
+        f"{figures['bytes'] / 1e9:.2f} GB sharded bf16, medians of {figures['rounds']}, "
+        f"{figures['machine']['threads']} threads",
         "",
-        "| job | CPU s | CPU / cp | wall / cp | memory MB | memory / load+save |",
-        "|---|---|---|---|---|---|",
+        "| job | CPU s | CPU / cp | CPU / (cp + sync) | wall / (cp + sync) | memory MB | memory / load+save |",
+        "|---|---|---|---|---|---|---|",
     ]
-    for job in ("cp", "weightsmith copy", "weightsmith", "load_file + save_file"):
+    for job in ("cp", "cp + sync", "read + write + sync", "weightsmith copy", "weightsmith", "load_file + save_file"):
         row = jobs[job]
         lines.append(
-            f"| {job} | {row['cpu']:.2f} | {row['cpu'] / cp['cpu']:.2f} | {row['wall'] / cp['wall']:.2f} "
+            f"| {job} | {row['cpu']:.2f} | {row['cpu'] / cp['cpu']:.2f} "
+            f"| {row['cpu'] / synced['cpu']:.2f} | {row['wall'] / synced['wall']:.2f} "
             f"| {row['memory'] / 1e6:.0f} | {row['memory'] / peer['memory']:.3f} |"
         )
     lines += [

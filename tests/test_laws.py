@@ -331,7 +331,7 @@ def test_other_dtypes_are_computed_in_float32_or_wider_and_rounded_once(method: 
             assert torch.equal(one, other.to(one.dtype)), kind
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, *DTYPES), ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, *DTYPES], ids=str)
 @every_method
 @pytest.mark.usefixtures("small_pieces")
 def test_streamed_equals_direct(method: str, dtype: torch.dtype, tmp_path: Path):

@@ -20,19 +20,32 @@ if TYPE_CHECKING:
     from weightsmith import average, inspect, merge, progress, prune, quantize, weights
     from weightsmith.weights import Spec, Weights, by_depth, open
 
-_ROOMS = ("average", "inspect", "merge", "progress", "prune", "quantize", "weights")
-_NAMES = ("Spec", "Weights", "by_depth", "open")
+__all__ = [
+    "Error",
+    "Spec",
+    "Weights",
+    "__version__",
+    "average",
+    "by_depth",
+    "inspect",
+    "merge",
+    "open",
+    "progress",
+    "prune",
+    "quantize",
+    "weights",
+]
 
-__all__ = ["Error", "__version__", *_NAMES, *_ROOMS]
+_FROM_WEIGHTS = ("Spec", "Weights", "by_depth", "open")
 
 
 def __getattr__(name: str) -> Any:
     import importlib
 
-    if name in _ROOMS:
-        found: Any = importlib.import_module(f"weightsmith.{name}")
-    elif name in _NAMES:
-        found = getattr(importlib.import_module("weightsmith.weights"), name)
+    if name in _FROM_WEIGHTS:
+        found: Any = getattr(importlib.import_module("weightsmith.weights"), name)
+    elif name in __all__:
+        found = importlib.import_module(f"weightsmith.{name}")
     else:
         raise AttributeError(f"module 'weightsmith' has no attribute {name!r}")
     globals()[name] = found

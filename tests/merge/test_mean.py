@@ -99,5 +99,5 @@ def test_refusals(weight: object, message: str):
 
 
 def test_no_model_is_refused():
-    with pytest.raises(Error, match="mean needs at least 1 models?, got 0"):
+    with pytest.raises(Error, match="mean needs at least 1 model, got 0"):
         mean(torch.ones(0, 2))

@@ -15,7 +15,7 @@ from weightsmith.merge._parts import at_least, combined, delta_gram, mean_pairwi
 
 def test_at_least():
     at_least(2, torch.ones(2, 1), "ties")
-    with pytest.raises(Error, match="^ties needs at least 2 models, got 1$"):
+    with pytest.raises(Error, match=r"^ties needs at least 2 models, got 1$"):
         at_least(2, torch.ones(1, 1), "ties")
 
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import weightsmith as ws
 from weightsmith.card import card
 from weightsmith.errors import Error, FormatError
 from weightsmith.quantize import dequantize, lift, rtn
@@ -155,7 +154,7 @@ def test_the_rest_is_untouched():
 
 def test_values_that_no_grid_holds_are_refused_by_name(tmp_path: Path):
     weights = {"good": torch.ones(2, 4), "bad.weight": torch.tensor([[1.0, float("nan")]])}
-    with pytest.raises(Error, match="bad.weight.*not finite"):
+    with pytest.raises(Error, match=r"bad\.weight.*not finite"):
         rtn(weights, pattern="*").save(tmp_path / "q")
     assert not (tmp_path / "q").exists()
 

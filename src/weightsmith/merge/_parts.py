@@ -15,7 +15,7 @@ from weightsmith.weights import promote, working_dtype
 def at_least(count: int, models: Tensor, method: str) -> None:
     """An error unless there are ``count`` models."""
     if len(models) < count:
-        raise Error(f"{method} needs at least {count} models, got {len(models)}")
+        raise Error(f"{method} needs at least {count} model{'s' * (count > 1)}, got {len(models)}")
 
 
 def wide(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -62,13 +62,14 @@ class Step:
     def all_files(self) -> list[Bytes]:
         """Every file that something was read from, in the order of the tree."""
         found: dict[int, Bytes] = {}
-        todo, seen = [self], set()
+        todo: list[Step] = [self]
+        seen: set[int] = set()
         while todo:
             step = todo.pop()
             if id(step) not in seen:
                 seen.add(id(step))
                 found |= {id(file): file for file in step.files}
-                todo += reversed(step.inputs)
+                todo.extend(reversed(step.inputs))
         return list(found.values())
 
     def __str__(self) -> str:

@@ -36,6 +36,7 @@ MEMORY_EACH = 256_000_000
 """Bytes in flight for each thread, unless ``memory`` says otherwise."""
 
 _COPY_BUFFER = 2**20
+_PLAIN = 4
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,11 @@ class Group:
     @property
     def nbytes(self) -> int:
         return sum(node.spec.nbytes for node in self.nodes)
+
+    @property
+    def times(self) -> int:
+        """Chunks that are taken together: copies and casts have few operands, so more fits in the cache."""
+        return 1 if isinstance(self.nodes[0], Output) else _PLAIN
 
     def bytes_of(self, unit: int) -> int:
         """What one unit of work writes."""
@@ -403,7 +409,7 @@ def _jobs(
         yield from solving(group.nodes, under_way)
         places = [plan.layout.places[name] for name in group.names]
         writers = [(descriptors[file], offset) for file, offset in places]
-        cost = sum(working_set(node) for node in group.nodes)
+        cost = group.times * sum(working_set(node) for node in group.nodes)
         yield [Call(_writing(number, group, unit, writers, journal, advance), cost) for unit in left]
 
     for number, group in enumerate(plan.groups):
@@ -421,7 +427,7 @@ def _writing(
     def call(scratch: Scratch) -> None:
         first, last = group.units[unit]
         widest = max(*group.per, 1)
-        step = max(CHUNK // widest // group.grain, 1) * group.grain
+        step = max(group.times * CHUNK // widest // group.grain, 1) * group.grain
         scratch.next_unit()
         for start in range(first, last, step):
             scratch.next_chunk()
@@ -429,7 +435,7 @@ def _writing(
             for name, node, per, (descriptor, offset) in zip(group.names, group.nodes, group.per, writers, strict=True):
                 with naming(name):
                     values = node.read(start * per, stop * per, scratch)
-                    values = convert(values, node.spec.dtype).to("cpu").contiguous()
+                    values = convert(values, node.spec.dtype, scratch).to("cpu").contiguous()
                 _pwrite(descriptor, as_buffer(values), offset + start * per * node.spec.dtype.itemsize)
         advance(group.bytes_of(unit))
         if journal:

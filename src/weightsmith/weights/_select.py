@@ -30,8 +30,8 @@ def _compiled(pattern: str) -> re.Pattern[str]:
 def matches(pattern: Pattern, name: str) -> bool:
     """Whether a name fits a pattern. Globs fit whole names; expressions fit anywhere in them.
 
-    >>> matches("*.weight", "layer.0.weight"), matches("re:^layer", "layer.0.weight"), matches("layer", "layer.0.weight")
-    (True, True, False)
+    >>> [matches(pattern, "layer.0.weight") for pattern in ("*.weight", "re:^layer", "layer")]
+    [True, True, False]
     """
     if callable(pattern):
         return bool(pattern(name))
