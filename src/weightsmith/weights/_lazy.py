@@ -365,8 +365,8 @@ class Inputs:
         if self.unit == "element":
             return values
         if self.unit == "row":
-            return values.reshape(*lead, positions, *node.spec.shape[1:])
-        return values.reshape(*lead, *node.spec.shape)
+            return values.reshape((*lead, positions, *node.spec.shape[1:]))
+        return values.reshape((*lead, *node.spec.shape))
 
     def _stacked(self, members: tuple[Lazy, ...], start: int, stop: int, scratch: Scratch) -> Tensor:
         first = self._read(members[0], start, stop, scratch)
