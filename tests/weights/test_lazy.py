@@ -89,7 +89,7 @@ def test_three_phases_by_chunks_and_in_memory(shape: tuple[int, ...], unit: Any,
     if unit != "tensor" and count:
         assert len(reduction.units) >= count // max(cut[1], x[0].numel() if x.ndim and unit == "row" else 1) // 2
     assert torch.equal(materialize(node), want)
-    assert reduction.done
+    assert reduction.done or not count
     again = Reduction([inputs], solver)
     node = Output(Work(act, inputs, {"": Spec(shape, torch.float32)}, reduction=again))
     Weights({"x": node, "other": held(y)}).save(tmp_path / "a.safetensors", threads=3)

@@ -99,7 +99,7 @@ def command() -> click.Command:
             click.echo("\n" + "\n".join(clean(line) for line in str(made).splitlines()))
             if not (stats or spectra or layers or everything):
                 return
-        elif made.past:
+        elif made.past and made.past["method"] not in ("memory", "module", "open"):
             click.echo(clean(f"made by {lines(made.past)[0]}; --lineage shows where that comes from"))
         click.echo()
         _tables(found, stats, spectra, layers, everything)

@@ -22,11 +22,10 @@ MOST_STEPS, DEEPEST = 1000, 100
 
 SAMPLES, SAMPLE = 32, 4096  # places and bytes per place that a digest looks at
 
-DEEPEST = 100  # levels of JSON that are told; what lies under them is left out
 LONGEST = 1_000_000  # characters; a longer tree loses its deepest levels
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Step:
     """One step: a method or an ``open``, its settings, and the steps it started from."""
 
@@ -75,6 +74,14 @@ class Step:
     def __str__(self) -> str:
         return "\n".join(lines(self.record()))
 
+    def __repr__(self) -> str:
+        # The tree is not written out: steps may be shared so often that it has no end.
+        return f"<Step {self.method} of {len(self.inputs)} inputs>"
+
+    def __repr__(self) -> str:
+        # Not the whole tree: a step that is used twice stands in it twice, and so on down.
+        return f"<Step {self.method} of {len(self.inputs)}>"
+
 
 def lines(record: Mapping[str, Any], indent: int = 0) -> list[str]:
     """A recorded tree for people, one line a step."""
@@ -82,8 +89,7 @@ def lines(record: Mapping[str, Any], indent: int = 0) -> list[str]:
     options = ", ".join(
         f"{name}={_short(value)}" for name, value in (found if isinstance(found, Mapping) else {}).items()
     )
-    again = " again, as above" if record.get("again") else ""
-    text = ["  " * indent + f"{record.get('method', '?')}({options}){again}"]
+    text = ["  " * indent + f"{record.get('method', '?')}({options})"]
     inputs = record.get("inputs")
     for inner in [record.get("made"), *(inputs if isinstance(inputs, list | tuple) else ())]:
         if isinstance(inner, Mapping) and indent < DEEPEST:
