@@ -20,6 +20,7 @@ from torch import Tensor
 
 import weightsmith as ws
 from weightsmith.card import card_of
+from weightsmith.merge.room import example_statistics
 from weightsmith.quantize._parts import decode, pack
 from weightsmith.weights import Weights
 
@@ -84,17 +85,31 @@ class Room:
 # merge
 
 
-def merge_arguments(kernel: Callable[..., Any], sample: Tensor) -> tuple[Tensor, ...]:
-    return (sample[1:], sample[0]) if "base" in card_of(kernel).needs else (sample[1:],)
+def merge_statistics(method: Callable[..., Any], sample: Tensor) -> list[Tensor | None]:
+    """What a method needs of data, stacked; made up, since the laws do not depend on it. Empty if it needs none."""
+    needs = card_of(method).needs
+    count = len(sample) - 1 + ("base" in needs)
+    shape = tuple(sample.shape[1:])
+    return [example_statistics(need, count, shape) for need in needs if need.startswith("stats.")]
+
+
+def merge_arguments(kernel: Callable[..., Any], sample: Tensor) -> tuple[Any, ...]:
+    base = [sample[0]] if "base" in card_of(kernel).needs else []
+    return (sample[1:], *base, *merge_statistics(kernel, sample))
 
 
 def merge_lazily(public: Callable[..., Any], samples: Mapping[str, Tensor]) -> Weights:
     base, *models = [{name: sample[i] for name, sample in samples.items()} for i in range(4)]
-    return public(models, base)
+    found = {name: stats for name, sample in samples.items() for stats in merge_statistics(public, sample)}
+    known = {name: stats for name, stats in found.items() if stats is not None}
+    count = len(next(iter(known.values()))) if known else 0
+    stats = {"stats": [{name: value[i] for name, value in known.items()} for i in range(count)]} if found else {}
+    return public(models, base, **stats)
 
 
 def merge_directly(kernel: Callable[..., Any], name: str, sample: Tensor) -> dict[str, Tensor]:
-    return {name: kernel(*merge_arguments(kernel, sample))}
+    keyed = {"key": name} if "key" in inspect.signature(kernel).parameters else {}
+    return {name: kernel(*merge_arguments(kernel, sample), **keyed)}
 
 
 # prune

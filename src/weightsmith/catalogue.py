@@ -23,7 +23,7 @@ PACKAGE = Path(__file__).parent
 
 _LITERAL = ("paper", "covers", "needs", "unit", "laws", "claim", "departs")
 _NAMED = ("reduce", "solve")
-INTERNAL = ("solved", "start", "generator")
+INTERNAL = ("solved", "start", "key", "generator")
 """Arguments of a kernel that the room hands to it; a caller does not name them."""
 
 
@@ -454,7 +454,13 @@ def _method(
         public = tuple(p for p in own if p.name not in INTERNAL)
     else:
         taken = {*INTERNAL, *(p.name for p in leading)}
-        public = (*leading, *(p for p in own if p.keyword_only and p.name not in taken))
+        asked = {need.partition(".")[0] for need in fields["needs"]}  # "stats.gram" is given as stats=
+        lifted = (
+            p if p.keyword_only else dataclasses.replace(p, default=None, keyword_only=True)
+            for p in own
+            if (p.keyword_only or p.name in asked) and p.name not in taken
+        )
+        public = (*leading, *lifted)
     return Method(
         room=room,
         name=function.name,

@@ -19,7 +19,7 @@ from weightsmith.errors import Error, did_you_mean
 from weightsmith.weights import Inputs, Output, Reduction, Spec, Work, resolve, single
 from weightsmith.weights._lazy import Argument, Unit
 
-INTERNAL = ("solved", "start", "generator")
+INTERNAL = ("solved", "start", "key", "generator")
 """Keywords that the engine supplies and a caller does not."""
 
 

@@ -103,6 +103,17 @@ def test_memory_bounds_what_runs_together(memory: int | None, most: int) -> None
         assert highest > 1
 
 
+def test_memory_is_given_back() -> None:
+    met = []
+
+    def pair() -> Job:
+        meeting = threading.Barrier(2, timeout=20)  # passes only if both run at once
+        yield calls(*[lambda: met.append(meeting.wait())] * 2, cost=50)
+
+    run((pair() for _ in range(30)), 2, 100)
+    assert len(met) == 60
+
+
 def test_jobs_are_drawn_only_when_there_is_room() -> None:
     drawn = finished = 0
 

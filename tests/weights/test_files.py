@@ -47,9 +47,13 @@ def test_threads_share_one_descriptor(path: Path) -> None:
     for thread in threads:
         thread.join()
     assert len(seen) == 1
+
+
+def test_the_descriptor_is_closed_with_the_last_who_knew_it(path: Path) -> None:
+    file = LocalFile(path)
     descriptor = file.descriptor()
     del file
-    with pytest.raises(OSError):  # closed with the last who knew it
+    with pytest.raises(OSError):
         os.fstat(descriptor)
 
 
@@ -110,7 +114,7 @@ def test_folders(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["", "..", "a/..", "/a", "\\a", "a\\b", "c:/a", "a\0"])
 def test_names_that_leave(name: str) -> None:
-    with pytest.raises(FormatError, match="^where: names the file"):
+    with pytest.raises(FormatError, match=r"^where: names the file"):
         checked_name(name, "where")
 
 
@@ -122,7 +126,7 @@ def test_names_that_stay() -> None:
 
 def test_json_bombs() -> None:
     for piece in (b"[],", b"{},", b'"a":1,', b"[[[["):
-        with pytest.raises(FormatError, match="where: .*describe no tensors"):
+        with pytest.raises(FormatError, match=r"where: .*describe no tensors"):
             check_json(b"[" + piece * (2_000_000 // len(piece)), "where")
         check_json(b"[" + piece * 1000, "where")
         check_json(b'"' + piece.replace(b'"', b'\\"') * 500_000 + b'"', "where")

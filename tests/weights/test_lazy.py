@@ -69,7 +69,9 @@ def solver() -> Generator[Pass, Any, tuple[float, float, int]]:
     return mean, sum(float(one) for one in spread), int(first)
 
 
-def act(x: torch.Tensor, y: torch.Tensor, solved: tuple[float, float, int] = (0.0, 1.0, 0), start: int = 0) -> torch.Tensor:
+def act(
+    x: torch.Tensor, y: torch.Tensor, solved: tuple[float, float, int] = (0.0, 1.0, 0), start: int = 0
+) -> torch.Tensor:
     mean, spread, _ = solved
     places = torch.arange(start, start + x.numel(), device=x.device).view(x.shape)
     return (x - mean) / (spread + 1) + y + places
@@ -77,7 +79,9 @@ def act(x: torch.Tensor, y: torch.Tensor, solved: tuple[float, float, int] = (0.
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("unit", ["element", "row", "tensor"])
-def test_three_phases_by_chunks_and_in_memory(shape: tuple[int, ...], unit: Any, cut: tuple[int, int], tmp_path: Path) -> None:
+def test_three_phases_by_chunks_and_in_memory(
+    shape: tuple[int, ...], unit: Any, cut: tuple[int, int], tmp_path: Path
+) -> None:
     x, y = numbers(shape), numbers(shape, 1)
     solved = in_memory(solver(), x, y)
     count = x.numel()
@@ -151,7 +155,9 @@ def test_each_and_chosen_units(cut: tuple[int, int]) -> None:
         sums = yield Pass(lambda t: t.sum(), each=True)
         best = max(range(len(sums)), key=lambda i: float(sums[i]))
         asked.append(best)
-        (only,) = yield Pass(lambda t, start: torch.stack([t.sum(), torch.tensor(float(start))]), each=True, units=[best])
+        (only,) = yield Pass(
+            lambda t, start: torch.stack([t.sum(), torch.tensor(float(start))]), each=True, units=[best]
+        )
         nothing = yield Pass(lambda t: t.sum(), units=[])
         assert nothing is None
         assert float(only[0]) == float(sums[best])
@@ -164,12 +170,48 @@ def test_each_and_chosen_units(cut: tuple[int, int]) -> None:
     assert len(asked) == 1
 
 
-def test_floats_are_summed_in_double() -> None:
-    x = torch.full((2**18,), 1 / 3)
-    x[0] = 1e8
-    total = Reduction([Inputs((held(x),), "element")], lambda: single(lambda t: t.double().sum(), lambda s: s)).value()
-    assert total.dtype == torch.float64
-    assert float(total) == pytest.approx(float(x.double().sum()), rel=1e-12)
+def test_floats_are_summed_in_double(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_lazy, "CHUNK", 10)
+    monkeypatch.setattr(_lazy, "UNIT", 50)
+    x = torch.ones(1000)
+    x[:10] = 2.0**24 / 10
+    x[0] += 2.0**24 - float(x[:10].double().sum())
+    reduction = Reduction([Inputs((held(x),), "element")], lambda: single(torch.sum, lambda total: total))
+    assert reduction.value().dtype == torch.float64
+    assert float(reduction.value()) - float(x[:10].sum()) == 990, "in float32 the ones would vanish beside 2**24"
+
+
+@pytest.mark.parametrize("shapes", [[(0,)], [(0, 4)], [(0,), (0, 3)], [(4, 0)]], ids=str)
+@pytest.mark.parametrize("unit", ["element", "row", "tensor"])
+def test_statistics_of_nothing(shapes: list[tuple[int, ...]], unit: Any) -> None:
+    def solve() -> Generator[Pass, Any, tuple[float, int]]:
+        total, count = yield Pass(lambda t: (t.sum(), torch.tensor(t.numel())))
+        return float(total), int(count)
+
+    items = [Inputs((held(numbers(shape)),), unit) for shape in shapes]
+    assert Reduction(items, solve).value() == in_memory(solve(), numbers((0,))) == (0, 0)
+
+
+def test_scratch_lends_and_forgets() -> None:
+    scratch = Scratch()
+    first, second = scratch.take(10, torch.float32), scratch.take(3, torch.bfloat16)
+    first.fill_(1)
+    second.fill_(2)
+    assert first.tolist() == [1] * 10, "two runs of one chunk do not overlap"
+    scratch.memo["a"] = scratch.kept["a"] = 1
+    scratch.next_chunk()
+    assert (scratch.memo, scratch.kept) == ({}, {"a": 1})
+    again = scratch.take(5, torch.float64)
+    assert again.data_ptr() == first.data_ptr(), "the same memory, chunk after chunk"
+    for _ in range(100):
+        scratch.next_chunk()
+        scratch.take(10, torch.float32)
+    assert len(scratch._buffers) == 2
+    scratch.next_unit()
+    assert scratch.kept == {}
+    huge = scratch.take(Scratch.POOLED, torch.float32)
+    assert huge.numel() == Scratch.POOLED
+    assert sum(buffer.numel() for buffer in scratch._buffers) < 1000, "what is large is not kept"
 
 
 def test_a_solver_that_asks_for_nothing() -> None:
@@ -201,7 +243,7 @@ def test_nested_and_shared_reductions(tmp_path: Path, cut: tuple[int, int]) -> N
     inner = Reduction([Inputs((first[n],), "element") for n in weights], total)
     second = Weights({n: apply(less, first[n], reduction=inner) for n in weights})
     assert reductions_of(second.node("t3")) == [everything, inner], "what another rests on comes first"
-    assert set(weights.node(n) for n in weights) <= set(sources(second.node("t3")))
+    assert {weights.node(n) for n in weights} <= set(sources(second.node("t3")))
     second.save(tmp_path / "a.safetensors", threads=3)
     assert len(passes) == 2, "shared by five tensors, solved once each"
     whole = sum(float(p.sum()) for p in parts.values())

@@ -56,7 +56,8 @@ HOSTILE = [
     '{"method": "x", "options": {"a": {"b": [1, 2]}}, "inputs": [1, null, {"inputs": null}]}',
     '{"method": ' * 5 + '"x"' + "}" * 5, '{"inputs": []}', "[]", "nonsense", "[" * 100_000,
     '{"method":"x","inputs":[' * 450 + "]}" * 450, '{"method":"x","made":' * 900 + "{}" + "}" * 900,
-    '{"method": "x", "options": {"a": ' + "[" * 900 + "]" * 900 + "}}", json.dumps({"method": "x", "words": "y" * 3_000_000}),
+    '{"method": "x", "options": {"a": ' + "[" * 900 + "]" * 900 + "}}",
+    json.dumps({"method": "x", "words": "y" * 3_000_000}),
 ]  # fmt: skip
 
 
@@ -98,4 +99,9 @@ def test_options_of_any_kind_can_be_told() -> None:
     options = {"f": len, "dtype": torch.bfloat16, "t": (1, [2.5, None]), "m": {"*": torch.float32}, "x": object()}
     assert parsed(written(Step("x", options)))
     recorded = Step("x", options).record()["options"]
-    assert (recorded["f"], recorded["dtype"], recorded["t"], recorded["m"]) == ("len", "bfloat16", [1, [2.5, None]], {"*": "float32"})
+    assert (recorded["f"], recorded["dtype"], recorded["t"], recorded["m"]) == (
+        "len",
+        "bfloat16",
+        [1, [2.5, None]],
+        {"*": "float32"},
+    )

@@ -68,24 +68,32 @@ def test_a_tied_tensor_of_a_sharded_model(tmp_path: Path) -> None:
 
 def test_missing_shard(sharded: Path) -> None:
     (sharded / "model-00002-of-00003.safetensors").unlink()
-    with pytest.raises(FormatError, match="model-00002-of-00003.safetensors is missing.*layers.2"):
+    with pytest.raises(FormatError, match=r"model-00002-of-00003.safetensors is missing.*layers.2"):
         open(sharded)
 
 
 def test_index_promises_what_no_shard_has(sharded: Path) -> None:
     weight_map = index_of(sharded)["weight_map"]
     set_index(sharded, weight_map | {"ghost": "model-00001-of-00003.safetensors"})
-    with pytest.raises(FormatError, match="model-00001-of-00003.safetensors: .*promises ghost"):
+    with pytest.raises(FormatError, match=r"model-00001-of-00003.safetensors: .*promises ghost"):
         open(sharded)
     moved = dict(weight_map) | {"layers.4.weight": "model-00001-of-00003.safetensors"}
     set_index(sharded, moved)
-    with pytest.raises(FormatError, match="promises layers.4.weight"):
+    with pytest.raises(FormatError, match=r"promises layers.4.weight"):
         open(sharded)
 
 
 @pytest.mark.parametrize(
     "shard",
-    ["../model.safetensors", "a/../../model.safetensors", "/etc/hostname", "..\\m.safetensors", "C:m.safetensors", "", "a\0b"],
+    [
+        "../model.safetensors",
+        "a/../../model.safetensors",
+        "/etc/hostname",
+        "..\\m.safetensors",
+        "C:m.safetensors",
+        "",
+        "a\0b",
+    ],
 )
 def test_index_never_climbs_out(shard: str, sharded: Path) -> None:
     shutil.copy(sharded / "model-00001-of-00003.safetensors", sharded.parent / "model.safetensors")
@@ -96,11 +104,21 @@ def test_index_never_climbs_out(shard: str, sharded: Path) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "[]", "{", "null", '{"weight_map": []}', '{"weight_map": {"a": 1}}', '{"metadata": {}}', "[" * 100_000, "\xff"],
+    [
+        "",
+        "[]",
+        "{",
+        "null",
+        '{"weight_map": []}',
+        '{"weight_map": {"a": 1}}',
+        '{"metadata": {}}',
+        "[" * 100_000,
+        "\xff",
+    ],
 )
 def test_bad_index(text: str, sharded: Path) -> None:
     (sharded / "model.safetensors.index.json").write_bytes(text.encode("latin-1"))
-    with pytest.raises(FormatError, match="index.json"):
+    with pytest.raises(FormatError, match=r"index.json"):
         open(sharded)
 
 
@@ -108,7 +126,9 @@ def test_one_tensor_in_two_shards(sharded: Path, tensors: dict[str, torch.Tensor
     first = safetensors.torch.load_file(sharded / "model-00001-of-00003.safetensors")
     extra = {**first, "layers.4.weight": tensors["layers.4.weight"]}
     safetensors.torch.save_file(extra, sharded / "model-00001-of-00003.safetensors")
-    with pytest.raises(FormatError, match="'layers.4.weight' is in both model-00001-of-00003.* and model-00003-of-00003"):
+    with pytest.raises(
+        FormatError, match=r"'layers.4.weight' is in both model-00001-of-00003.* and model-00003-of-00003"
+    ):
         open(sharded)
 
 
@@ -138,7 +158,7 @@ def test_several_formats(tmp_path: Path) -> None:
     Weights.of({"s": torch.ones(1)}).save(tmp_path / "model.safetensors")
     torch.save({"p": torch.ones(1)}, tmp_path / "pytorch_model.bin")
     torch.save({"lr": 1}, tmp_path / "training_args.bin")
-    with pytest.raises(FormatError, match="several formats.*safetensors, pt.*format='safetensors'"):
+    with pytest.raises(FormatError, match=r"several formats.*safetensors, pt.*format='safetensors'"):
         open(tmp_path)
     assert list(open(tmp_path, format="safetensors")) == ["s"]
     assert list(open(tmp_path, format="pt")) == ["p"]
@@ -147,7 +167,7 @@ def test_several_formats(tmp_path: Path) -> None:
     assert list(open(tmp_path, format="safetensors")) == ["s"], "what the others are is not asked"
     with pytest.raises(Error, match="no gguf weights; it has pt, safetensors"):
         open(tmp_path, format="gguf")
-    with pytest.raises(Error, match="unknown format 'safetensor' .*did you mean 'safetensors'"):
+    with pytest.raises(Error, match=r"unknown format 'safetensor' .*did you mean 'safetensors'"):
         open(tmp_path, format="safetensor")
     with pytest.raises(FormatError, match="is safetensors, not pt"):
         open(tmp_path / "model.safetensors", format="pt")
@@ -185,7 +205,8 @@ def test_companions_travel_byte_for_byte(tmp_path: Path, tensors: dict[str, torc
         "LICENSE": b"", "README.md": "é".encode(), "sub/deep/chat.jinja": b"{{x}}", "odd: name\\x.txt": b"?",
     }  # fmt: skip
     left = {
-        "sub/other.safetensors": b"?", "optimizer.pt": b"?", ".hidden": b"?", "tf_model.h5": b"?", "checkpoint-5/a.txt": b"",
+        "sub/other.safetensors": b"?", "optimizer.pt": b"?", ".hidden": b"?", "tf_model.h5": b"?",
+        "checkpoint-5/a.txt": b"",
     }  # fmt: skip
     for name, content in {**beside, **left}.items():
         (source / name).parent.mkdir(parents=True, exist_ok=True)
@@ -196,7 +217,9 @@ def test_companions_travel_byte_for_byte(tmp_path: Path, tensors: dict[str, torc
     assert set(saved.files) == {"model.safetensors", *beside}
     for name, content in beside.items():
         assert (tmp_path / "out" / name).read_bytes() == content
-    assert {p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*") if p.is_file()} == set(saved.files)
+    assert {p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*") if p.is_file()} == set(
+        saved.files
+    )
     weights.save(tmp_path / "alone.safetensors")
     assert {p.name for p in tmp_path.iterdir()} == {"in", "out", "alone.safetensors"}
 
@@ -231,7 +254,7 @@ def test_nothing_there(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="0 bytes are too few"):
         open(tmp_path / "empty.safetensors")
     (tmp_path / "text.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
-    with pytest.raises(FormatError, match="text.safetensors"):
+    with pytest.raises(FormatError, match=r"text.safetensors"):
         open(tmp_path / "text.safetensors")
     (tmp_path / "notes.xyz").write_text("hello")
     with pytest.raises(FormatError, match="neither safetensors, PyTorch, GGUF nor npz"):
@@ -282,5 +305,5 @@ def test_modules_mappings_and_arrays() -> None:
 def test_dtype_and_device_on_opening(sharded: Path) -> None:
     weights = open(sharded, dtype="bf16", device="cpu")
     assert {spec.dtype for spec in weights.specs.values()} == {torch.bfloat16}
-    with pytest.raises(Error, match="unknown dtype 'bfloat61'.*did you mean 'bfloat16'"):
+    with pytest.raises(Error, match=r"unknown dtype 'bfloat61'.*did you mean 'bfloat16'"):
         open(sharded, dtype="bfloat61")

@@ -80,7 +80,9 @@ def test_every_dtype_both_ways(dtype: torch.dtype, tmp_path: Path) -> None:
         assert bits(read[name]) == bits(tensor) == bits(back[name])
     resaved = tmp_path / "resaved.safetensors"
     read.save(resaved)
-    assert {n: bits(t) for n, t in safetensors.torch.load_file(resaved).items()} == {n: bits(t) for n, t in tensors.items()}
+    assert {n: bits(t) for n, t in safetensors.torch.load_file(resaved).items()} == {
+        n: bits(t) for n, t in tensors.items()
+    }
 
 
 def test_our_table_has_every_dtype_of_the_peer() -> None:
@@ -98,7 +100,7 @@ def test_float4_halves_the_last_axis(tmp_path: Path) -> None:
     with safetensors.safe_open(tmp_path / "b.safetensors", "pt") as file:
         assert file.get_slice("w").get_shape() == [3, 8]
         assert file.get_slice("w").get_dtype() == "F4"
-    with pytest.raises(FormatError, match="tensor 'w'.*even"):
+    with pytest.raises(FormatError, match=r"tensor 'w'.*even"):
         open(raw_file(tmp_path / "odd.safetensors", {"w": entry("F4", [2, 3], 0, 3)}, bytes(3)))
     with pytest.raises(Error, match="tensor w: float4 packs"):
         weights.cast("bf16")
@@ -170,7 +172,7 @@ def test_reserved_name_is_refused_before_writing(tmp_path: Path) -> None:
 
 
 def test_dtype_without_a_name_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(Error, match="tensor a: .*complex128.*cast"):
+    with pytest.raises(Error, match=r"tensor a: .*complex128.*cast"):
         Weights.of({"a": torch.ones(1, dtype=torch.complex128)}).save(tmp_path / "a.safetensors")
     assert not list(tmp_path.iterdir())
 
@@ -195,7 +197,7 @@ BAD_HEADERS = {
     "float shape": ({"a": {"dtype": "F32", "shape": [2.0], "data_offsets": [0, 8]}}, "'a' has no valid shape"),
     "bool shape": ({"a": {"dtype": "F32", "shape": [True], "data_offsets": [0, 4]}}, "'a' has no valid shape"),
     "word shape": ({"a": {"dtype": "F32", "shape": "2", "data_offsets": [0, 8]}}, "'a' has no valid shape"),
-    "three offsets": ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4, 8]}}, "'a' has no valid data_offsets"),
+    "three offsets": ({"a": entry() | {"data_offsets": [0, 4, 8]}}, "'a' has no valid data_offsets"),
     "unknown dtype": ({"a": entry("F37")}, "'a' has the unknown dtype 'F37'"),
     "no dtype": ({"a": {"dtype": None, "shape": [2], "data_offsets": [0, 8]}}, "'a' has the unknown dtype"),
     "dtype list": ({"a": {"dtype": ["F32"], "shape": [2], "data_offsets": [0, 8]}}, "'a' has the unknown dtype"),
@@ -253,7 +255,7 @@ def test_truncated_anywhere(tmp_path: Path) -> None:
     whole = path.read_bytes()
     for length in range(len(whole)):
         path.write_bytes(whole[:length])
-        with pytest.raises(FormatError, match="a.safetensors"):
+        with pytest.raises(FormatError, match=r"a.safetensors"):
             open(path)
     path.write_bytes(whole + b"\0")
     with pytest.raises(FormatError, match="1 bytes after the last tensor"):
@@ -272,10 +274,10 @@ def test_a_file_cut_after_it_was_opened_is_an_error_on_reading(tmp_path: Path) -
     weights = open(path)
     del_later = weights["a"]
     os.truncate(path, 5000)
-    with pytest.raises(FormatError, match="tensor a: .*a.safetensors.*ends at byte 5000"):
+    with pytest.raises(FormatError, match=r"tensor a: .*a.safetensors.*ends at byte 5000"):
         weights["a"]
     del del_later
-    with pytest.raises(FormatError, match="tensor a: .*a.safetensors"):
+    with pytest.raises(FormatError, match=r"tensor a: .*a.safetensors"):
         (weights + 1.0)["a"]
     with pytest.raises(FormatError, match=r"a.safetensors: ends at byte 5000"):
         weights.save(tmp_path / "b.safetensors")
@@ -299,22 +301,25 @@ import resource, sys
 from weightsmith.weights import open
 from weightsmith.errors import FormatError
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-try:
-    open(sys.argv[1])
-except FormatError as error:
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, len(str(error)))
+for path in sys.argv[1:]:
+    try:
+        open(path)
+    except FormatError as error:
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, len(str(error)))
 """
 
 
-@pytest.mark.parametrize("piece", [b"[],", b'{"":[]},', b"[[[]]],"])
-def test_memory_for_a_bomb_is_bounded(piece: bytes, tmp_path: Path) -> None:
-    size = 12_000_000
-    header = b'{"a":[' + piece * (size // len(piece)) + b"0]}"
-    path = raw_file(tmp_path / "bomb.safetensors", header)
-    run = subprocess.run([sys.executable, "-c", HOSTILE, path], capture_output=True, text=True, check=True)
-    grown, message = map(int, run.stdout.split())
-    assert grown * 1024 < 8 * size
-    assert message < 1000
+def test_memory_for_a_bomb_is_bounded(tmp_path: Path) -> None:
+    size, paths = 12_000_000, []
+    for number, piece in enumerate((b"[],", b'{"":[]},', b"[[[]]],", b'"a",')):
+        header = b'{"a":[' + piece * (size // len(piece)) + b"0]}"
+        paths.append(raw_file(tmp_path / f"{number}.safetensors", header))
+    run = subprocess.run([sys.executable, "-c", HOSTILE, *paths], capture_output=True, text=True, check=True)
+    for line in run.stdout.splitlines():
+        grown, message = map(int, line.split())
+        assert grown * 1024 < 8 * size
+        assert message < 1000
+    assert len(run.stdout.splitlines()) == len(paths)
 
 
 def test_brackets_in_words_are_no_bomb(tmp_path: Path) -> None:
@@ -340,7 +345,7 @@ def try_bytes(path: Path, raw: bytes) -> None:
     try:
         weights = open(path)
     except FormatError as error:
-        assert path.name in str(error)
+        assert path.name in str(error)  # noqa: PT017 - either outcome is right
         return
     assert weights.nbytes <= len(raw)
     for name in weights:

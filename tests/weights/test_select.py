@@ -7,13 +7,20 @@ import pytest
 from weightsmith.errors import Error
 from weightsmith.weights import by_depth, depth_of, matches, resolve, varies
 
-NAMES = ["model.embed_tokens.weight", "model.layers.0.a.weight", "model.layers.4.a.weight", "model.layers.10.a.bias", "lm_head.weight"]
+NAMES = [
+    "model.embed_tokens.weight",
+    "model.layers.0.a.weight",
+    "model.layers.4.a.weight",
+    "model.layers.10.a.bias",
+    "lm_head.weight",
+]
 
 
 @pytest.mark.parametrize(
     ("pattern", "fits"),
     [
-        ("*", NAMES), ("*.bias", NAMES[3:4]), ("model.*.weight", NAMES[:3]), ("*layers.?.*", NAMES[1:3]), ("weight", []),
+        ("*", NAMES), ("*.bias", NAMES[3:4]), ("model.*.weight", NAMES[:3]), ("*layers.?.*", NAMES[1:3]),
+        ("weight", []),
         ("re:layers\\.(0|10)\\.", [NAMES[1], NAMES[3]]), ("re:weight$", [*NAMES[:3], NAMES[4]]), ("re:^lm", NAMES[4:]),
         (["*.bias", "lm*"], NAMES[3:]), ([], []), (lambda name: "0" in name, [NAMES[1], NAMES[3]]),
         ("model.layers.[04].*", NAMES[1:3]),

@@ -80,7 +80,9 @@ def test_fp8_arithmetic() -> None:
 
 
 def test_dtypes_of_mixtures() -> None:
-    one = {d: Weights.of({"a": torch.ones(2, dtype=d)}) for d in (*FLOATS, *FP8, torch.int64, torch.bool, torch.complex64)}
+    one = {
+        d: Weights.of({"a": torch.ones(2, dtype=d)}) for d in (*FLOATS, *FP8, torch.int64, torch.bool, torch.complex64)
+    }
     for left in one:
         for right in one:
             if torch.bool in (left, right):
@@ -133,7 +135,12 @@ def test_numbers_by_tensor() -> None:
     assert [t.item() for t in (a * {"*.b": 5, "re:\\.0\\.": 7, "*": 9}).values()] == [7, 9, 5]
     assert [t.item() for t in (a + (lambda name: len(name))).values()] == [11, 11, 11]
     assert [t.item() for t in ({"*": 3} - a).values()] == [2, 2, 2]
-    assert [t.item() for t in (a + {"layers.0.w": torch.ones(1), "layers.1.w": torch.ones(1), "layers.2.b": a["layers.2.b"]}).values()] == [2, 2, 2]
+    assert [
+        t.item()
+        for t in (
+            a + {"layers.0.w": torch.ones(1), "layers.1.w": torch.ones(1), "layers.2.b": a["layers.2.b"]}
+        ).values()
+    ] == [2, 2, 2]
     with pytest.raises(Error, match=r'mul says nothing for the tensor layers.0.w: its patterns are \*.b; add "\*"'):
         a * {"*.b": 5}
 
@@ -191,12 +198,14 @@ OVERFLOWS = [
 
 @pytest.mark.parametrize(("source", "target", "value"), OVERFLOWS, ids=str)
 def test_overflow_is_an_error_that_names_the_tensor(source: torch.dtype, target: str, value: float) -> None:
-    wide = Weights.of({"fine": torch.ones(3, dtype=source), "large": torch.tensor([1, value, float("nan")], dtype=source)})
+    wide = Weights.of(
+        {"fine": torch.ones(3, dtype=source), "large": torch.tensor([1, value, float("nan")], dtype=source)}
+    )
     cast = wide.cast(target)
     assert cast["fine"].float().tolist() == [1, 1, 1]
-    with pytest.raises(Error, match="^tensor large: the value .* does not fit in"):
+    with pytest.raises(Error, match=r"^tensor large: the value .* does not fit in"):
         cast["large"]
-    with pytest.raises(Error, match="^tensor large: "):
+    with pytest.raises(Error, match=r"^tensor large: "):
         cast.to_dict()
 
 
@@ -225,7 +234,7 @@ def test_casting_integers() -> None:
     assert counts.cast("float64", floating=False)["n"].dtype == torch.float64
     with pytest.raises(Error, match="tensor n: the value 300 does not fit in uint8"):
         counts.cast("uint8", floating=False)["n"]
-    with pytest.raises(Error, match="tensor f: the value -2.7 does not fit in uint8"):
+    with pytest.raises(Error, match=r"tensor f: the value -2.7 does not fit in uint8"):
         counts.cast("uint8")["f"]
     assert counts.cast("int8")["f"].tolist() == [1, -2]
     assert Weights.of({"a": torch.tensor([5], dtype=torch.uint64)}).cast("int8", floating=False)["a"].item() == 5
@@ -345,7 +354,7 @@ def test_functions_that_do_not_fit(function: Any, unit: Any, message: str) -> No
 
 def test_a_promise_that_is_not_kept() -> None:
     a = Weights.of({"w": torch.ones(4, 3)})
-    with pytest.raises(Error, match="tensor w: .*returned 12 values where 4 were announced"):
+    with pytest.raises(Error, match=r"tensor w: .*returned 12 values where 4 were announced"):
         a.map(lambda x: x, unit="row", spec=Spec((4,), torch.float32))["w"]
     with pytest.raises(Error, match="cannot be made row by row"):
         a.map(lambda x: x.sum(), unit="row", spec=Spec((), torch.float32))
@@ -385,7 +394,7 @@ def test_load_into_lacks_and_extras() -> None:
     assert weights.drop("outside.weight").load_into(Two()) == ([], []), "the alias has its values from the other name"
     with pytest.raises(Error, match=r"it needs norm.bias; it has no extra; or pass strict=False"):
         (weights.drop("norm.bias") | {"extra": torch.ones(1)}).load_into(Two())
-    with pytest.raises(Error, match="did you mean 'norm.bais'"):
+    with pytest.raises(Error, match=r"did you mean 'norm.bais'"):
         weights.rename({"norm.bias": "norm.bais"}).load_into(Two())
     loaded = (weights.drop("norm.bias") | {"extra": torch.ones(1)}).load_into(Two(), strict=False)
     assert loaded.missing_keys == ["norm.bias"]
@@ -395,7 +404,9 @@ def test_load_into_lacks_and_extras() -> None:
 def test_shapes_are_checked_before_anything_is_copied() -> None:
     model = Two()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    wrong = Weights({name: Unreadable(*t.shape, dtype=t.dtype) for name, t in before.items()} | {"norm.bias": Unreadable(4)})
+    wrong = Weights(
+        {name: Unreadable(*t.shape, dtype=t.dtype) for name, t in before.items()} | {"norm.bias": Unreadable(4)}
+    )
     with pytest.raises(Error, match=r"shapes do not fit the module: norm.bias \[4\] into \[3\]"):
         wrong.load_into(model)
     for name, tensor in model.state_dict().items():

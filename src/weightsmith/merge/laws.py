@@ -12,12 +12,26 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from weightsmith.card import card_of
+from weightsmith.merge.room import example_statistics
+
 Kernel = Callable[..., Tensor]
 
 
-def _called(kernel: Kernel, models: Tensor, base: Tensor) -> Tensor:
-    """The kernel on these inputs, with a base if it takes one."""
-    return kernel(models, base) if "base" in inspect.signature(kernel).parameters else kernel(models)
+def _called(kernel: Kernel, models: Tensor, base: Tensor, flipped: bool = False) -> Tensor:
+    """The kernel on these inputs, with a base and statistics if it takes them.
+
+    ``flipped`` says that the models come in the opposite order, and so do their statistics.
+    """
+    names = inspect.signature(kernel).parameters
+    arguments = [models, base] if "base" in names else [models]
+    if "stats" in names:
+        statistic = next(need for need in card_of(kernel).needs if need.startswith("stats."))
+        made = example_statistics(statistic, len(models) + ("base" in names), tuple(models.shape[1:]))
+        if made is not None and flipped:
+            made = torch.cat([made[: len(models)].flip(0), made[len(models) :]])
+        return kernel(*arguments, made)
+    return kernel(*arguments)
 
 
 def _close(found: Tensor, expected: Tensor, scale: Tensor) -> None:
@@ -28,7 +42,7 @@ def _close(found: Tensor, expected: Tensor, scale: Tensor) -> None:
 
 def model_order(kernel: Kernel, models: Tensor, base: Tensor) -> None:
     """The order of the models does not matter."""
-    _close(_called(kernel, models.flip(0), base), _called(kernel, models, base), models)
+    _close(_called(kernel, models.flip(0), base, flipped=True), _called(kernel, models, base), models)
 
 
 def agreement(kernel: Kernel, models: Tensor, base: Tensor) -> None:

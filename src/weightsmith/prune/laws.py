@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from weightsmith.prune._select import cut_at, kept
+from weightsmith.solve import cut_at, kept
 from weightsmith.weights import in_memory
 
 Kernel = Callable[..., Tensor]

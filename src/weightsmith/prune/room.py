@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from weightsmith.errors import Error, listed
 from weightsmith.lifting import dressed, example, per_tensor_options, sole, staged, tried
-from weightsmith.prune._select import Cut, cut_at, kept, kept_of_groups, pattern_of
+from weightsmith.prune._select import kept_of_groups, pattern_of
+from weightsmith.solve import Cut, cut_at, kept
 from weightsmith.weights import Inputs, Lazy, Output, Pattern, PerTensor, Reduction, Spec, Weights, Work, apply, open
 from weightsmith.weights import resolve as resolved
 

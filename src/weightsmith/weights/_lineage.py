@@ -78,10 +78,6 @@ class Step:
         # The tree is not written out: steps may be shared so often that it has no end.
         return f"<Step {self.method} of {len(self.inputs)} inputs>"
 
-    def __repr__(self) -> str:
-        # Not the whole tree: a step that is used twice stands in it twice, and so on down.
-        return f"<Step {self.method} of {len(self.inputs)}>"
-
 
 def lines(record: Mapping[str, Any], indent: int = 0) -> list[str]:
     """A recorded tree for people, one line a step."""

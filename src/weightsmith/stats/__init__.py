@@ -1,0 +1,26 @@
+"""What a pass over data says about weights.
+
+The signature of the room: ``(model, batches) -> Weights``, a statistic under the name of each weight
+that it speaks of. `collect` gathers several in one pass; `combine` adds up what was gathered on
+shards of the data. The model is left as it was.
+"""
+
+from weightsmith.stats._fisher import Fisher, Labels, fisher
+from weightsmith.stats._gram import Gram, gram
+from weightsmith.stats.room import Access, Batch, Counter, Forward, Loss, Statistic, collect, combine
+
+__all__ = [
+    "Access",
+    "Batch",
+    "Counter",
+    "Fisher",
+    "Forward",
+    "Gram",
+    "Labels",
+    "Loss",
+    "Statistic",
+    "collect",
+    "combine",
+    "fisher",
+    "gram",
+]

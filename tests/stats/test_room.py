@@ -1,0 +1,166 @@
+"""One pass for several statistics, shards that add up, and a model that is left as it was."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import weightsmith as ws
+from weightsmith.errors import Error
+from weightsmith.stats import Fisher, Gram, collect, combine, fisher, gram
+
+
+def network() -> nn.Sequential:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 4))
+
+
+def batches() -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    return [(torch.randn(n, 3, generator=generator), torch.arange(n) % 4) for n in (4, 1, 6)]
+
+
+def test_several_statistics_in_one_pass_are_those_of_a_pass_each():
+    model, read = network(), []
+    source = (read.append(1) or batch for batch in batches())
+    found = collect(model, source, {"true": Fisher(), "given": Fisher("given"), "inputs": Gram()})
+    assert len(read) == 3
+    apart = {
+        "true": fisher(model, batches()),
+        "given": fisher(model, batches(), labels="given"),
+        "inputs": gram(model, batches()),
+    }
+    for kind, expected in apart.items():
+        assert set(found[kind]) == set(expected)
+        for name in expected:
+            assert torch.equal(found[kind][name], expected[name])
+        assert found[kind].metadata["weightsmith.examples"] == "11"
+
+
+class Failing(Exception):
+    pass
+
+
+def failing(model, batch):
+    model(batch[0])
+    raise Failing
+
+
+class Counting(nn.Module):
+    """Changes a buffer in evaluation mode too."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = network()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_model_is_left_as_it_was(fails: bool):
+    model = Counting()
+    model.layer[1].eval()
+    model(batches()[0][0]).sum().backward()
+    before = copy.deepcopy(model)
+    gradients = [p.grad.clone() for p in model.parameters()]
+    both = {"fisher": Fisher(), "gram": Gram()}
+    try:
+        collect(model, batches(), both, forward=failing if fails else None)
+        assert not fails
+    except Failing:
+        assert fails
+    for module, other in zip(model.modules(), before.modules(), strict=True):
+        assert module.training == other.training
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
+    for own, other in zip(model.parameters(), before.parameters(), strict=True):
+        assert own.requires_grad
+        assert torch.equal(own, other)
+    for own, gradient in zip(model.parameters(), gradients, strict=True):
+        assert torch.equal(own.grad, gradient)
+    for own, other in zip(model.buffers(), before.buffers(), strict=True):
+        assert torch.equal(own, other)
+
+
+def test_it_asks_in_evaluation_mode():
+    """With dropout on, or statistics of the batch, an example's gradient would depend on chance and company."""
+    whole, alone = fisher(network(), batches()), fisher(network(), [b for x in batches() for b in singles(x)])
+    for name in whole:
+        torch.testing.assert_close(whole[name], alone[name])
+
+
+def singles(batch: tuple[Tensor, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    return [(batch[0][i : i + 1], batch[1][i : i + 1]) for i in range(len(batch[0]))]
+
+
+@pytest.mark.parametrize("statistic", [fisher, gram])
+def test_shards_come_to_what_one_pass_finds(statistic, tmp_path):
+    model, data = network(), batches()
+    whole = statistic(model, data)
+    parts = [statistic(model, [batch]) for batch in data]
+    parts[0].save(tmp_path / "part.safetensors")
+    found = combine(ws.open(tmp_path / "part.safetensors"), *parts[1:])
+    for name in whole:
+        torch.testing.assert_close(found[name], whole[name], rtol=1e-6, atol=1e-9)
+    assert found.metadata == whole.metadata
+    nested = combine(combine(parts[0], parts[1]), parts[2])
+    for name in whole:
+        torch.testing.assert_close(nested[name], whole[name], rtol=1e-6, atol=1e-9)
+    assert combine(whole)["0.weight"].equal(whole["0.weight"])
+
+
+def test_what_cannot_be_combined_is_refused():
+    model, data = network(), batches()
+    with pytest.raises(Error, match="at least 1 statistic, got 0"):
+        combine()
+    with pytest.raises(Error, match="of one kind, got fisher, gram"):
+        combine(fisher(model, data), gram(model, data))
+    with pytest.raises(Error, match="do not say of how many examples"):
+        combine(ws.open(model))
+    with pytest.raises(Error, match=r"the second lacks 0\.weight"):
+        combine(gram(model, data), gram(model, data, pattern="4.*"))
+
+
+def test_no_data_and_no_statistic_are_refused():
+    with pytest.raises(Error, match="at least one batch"):
+        fisher(network(), [])
+    with pytest.raises(Error, match="at least one statistic"):
+        collect(network(), batches(), {})
+    with pytest.raises(Error, match="a batch is a tensor, a tuple or a mapping"):
+        gram(network(), ["words"])
+
+
+def test_labels_of_mappings_are_not_shown_to_the_model():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = network()
+
+        def forward(self, pixels: Tensor) -> Tensor:
+            return self.inner(pixels)
+
+    given = fisher(Named(), [{"pixels": x, "labels": y} for x, y in batches()], labels="given")
+    expected = fisher(network(), batches(), labels="given")
+    for name in expected:
+        assert torch.equal(given[f"inner.{name}"], expected[name])
+
+
+def test_a_model_without_logits_is_refused():
+    with pytest.raises(Error, match="without logits; give forward="):
+        fisher(Pair(), batches())
+
+
+class Pair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor):
+        return self.layer(x), x
