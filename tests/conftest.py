@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from weightsmith.weights import _execute, _lazy, _save
+
+# The tensors of tests are small: threads inside PyTorch cost more than they bring, the more so beside xdist's.
+torch.set_num_threads(1)
 
 
 @pytest.fixture

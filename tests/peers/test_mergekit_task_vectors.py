@@ -24,10 +24,8 @@ def tensors(shape: tuple[int, ...]) -> list[Tensor]:
 
 
 def theirs(method: str, inputs: list[Tensor], options: dict[str, Any]) -> Tensor:
-    """Options of theirs that belong to a model are lists with an entry for the base too."""
     named = {"lambda" if name == "amount" else name: value for name, value in options.items()}
-    lists = {name: [0.0, *value] for name, value in named.items() if isinstance(value, list)}
-    return mergekit.merge_tensors(inputs, method, base_index=0, parameters=named | lists)
+    return mergekit.merge_tensors(inputs, method, base_index=0, parameters=named)
 
 
 def ours(method: str, inputs: list[Tensor], options: dict[str, Any]) -> Tensor:
@@ -43,9 +41,9 @@ def test_deterministic_ones(method: str, normalize: bool, weight: list[float], s
     plain: dict[str, Any] = {"weight": weight, "amount": 0.7, "normalize": normalize}
     sets = [plain]
     if method != "task_arithmetic":
-        sets = [plain | {"density": d, "rescale": r} for d in (0.01, 0.4, [0.2, 0.5, 1.0], 1.0) for r in (True, False)]
+        sets = [plain | {"density": d, "rescale": r} for d in (0.01, [0.2, 0.5, 1.0]) for r in (True, False)]
     if method.startswith("breadcrumbs"):
-        sets = [options | {"gamma": gamma} for options in sets for gamma in (0.01, 0.2, [0.0, 0.3, 0.9])]
+        sets = [options | {"gamma": gamma} for options in sets for gamma in (0.2, [0.0, 0.3, 0.9])]
     for options in sets:
         torch.testing.assert_close(ours(method, tensors(shape), options), theirs(method, tensors(shape), options))
 
