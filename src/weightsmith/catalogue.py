@@ -454,7 +454,7 @@ def _method(
         public = tuple(p for p in own if p.name not in INTERNAL)
     else:
         taken = {*INTERNAL, *(p.name for p in leading)}
-        asked = {need.partition(".")[0] for need in fields["needs"]}  # "stats.gram" is given as stats=
+        asked = {need.partition(".")[0] for need in fields["needs"] if "." in need}  # "stats.gram" is given as stats=
         lifted = (
             p if p.keyword_only else dataclasses.replace(p, default=None, keyword_only=True)
             for p in own

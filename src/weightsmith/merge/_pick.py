@@ -67,10 +67,10 @@ def nearswap(models: Tensor, base: Tensor, *, t: float = 1e-4) -> Tensor:
 def sce(models: Tensor, base: Tensor, *, select_topk: float = 1.0) -> Tensor:
     r"""Task vectors weighted by their squared size, where their sign is that of the sum.
 
-    .. math:: w = w_0 + \frac{\sum_i m_i\, a_i\, d_i}{\sum_i m_i\, a_i}, \qquad a_i = \sum d_i^2, \qquad
-        m_i = [\operatorname{sign} d_i = \operatorname{sign} \textstyle\sum_j d_j]
+    .. math:: w = w_0 + \frac{\sum_i m_i\, a_i\, d_i}{\sum_i m_i\, a_i}, \qquad a_i = \sum d_i^2
 
-    with :math:`d_i = w_i - w_0`, set to zero outside the share ``select_topk`` of the weights on which the models
+    with :math:`m_i` 1 where :math:`d_i` has the sign of :math:`\sum_j d_j` and else 0, and
+    :math:`d_i = w_i - w_0` set to zero outside the share ``select_topk`` of the weights on which the models
     vary most (counted among those on which they vary at all).
 
     Args:
@@ -159,9 +159,9 @@ def ram(models: Tensor, base: Tensor, *, epsilon: float = 1e-5) -> Tensor:
 def arcee_fusion(models: Tensor, base: Tensor) -> Tensor:
     r"""The base, with those weights of the model whose change stands out.
 
-    .. math:: w = \begin{cases} w_1 & s \ge q_2 + \tfrac32 (q_3 - q_1) \\ w_0 & \text{else} \end{cases} \qquad
-        s = |w_1 - w_0| \cdot \mathrm{KL}(\operatorname{softmax} w_1 \,\|\, \operatorname{softmax} w_0)
+    .. math:: s = |w_1 - w_0| \cdot \mathrm{KL}(\mathrm{softmax}(w_1), \mathrm{softmax}(w_0))
 
+    and :math:`w = w_1` where :math:`s \ge q_2 + \frac{3}{2} (q_3 - q_1)`, else :math:`w_0`.
     The softmax and the divergence are over the last axis; :math:`q_1, q_2, q_3` are the quartiles of :math:`s` in the
     tensor. Several models are taken in turn, each fused into what the last one left.
 

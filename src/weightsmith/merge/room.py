@@ -61,9 +61,12 @@ def lift(kernel: Callable[..., Tensor]) -> Merge:
     statistic = next((need for need in needs if need.startswith("stats.")), None)
     keyed = "key" in inspect.signature(kernel).parameters  # random numbers that differ from tensor to tensor
 
-    def merge(models: Any, base: Any = None, **options: Any) -> Any:
-        if isinstance(models, Tensor):
-            return kernel(models, *([base] if needs_base else []), **options)
+    def merge(models: Any, base: Any = None, *more: Any, **options: Any) -> Any:
+        if isinstance(models, Tensor):  # what follows the models is then what follows them in the kernel
+            tensors = [base, *more] if needs_base or (statistic and base is not None) else []
+            return kernel(models, *tensors, **options)
+        if more:
+            raise TypeError(f"{kernel.__name__} takes the models and a base by position; give the rest by name")
         given = options.pop("stats", None) if statistic else None
         opened = opened_models(models, kernel.__name__)
         origin = None if base is None else open(base)
