@@ -150,7 +150,7 @@ def test_a_real_interrupt_and_its_resume(run, tmp_path):
     # Every piece of the output waits a moment, so that the signal arrives in the middle.
     slow = (
         "import sys, time, weightsmith.weights._save as s; old = s._pwrite\n"
-        "def pwrite(*a):\n    time.sleep(0.02); old(*a)\n"
+        "def pwrite(*a):\n    time.sleep(0.5); old(*a)\n"
         "s._pwrite = pwrite\nfrom weightsmith.cli import main\nsys.exit(main(sys.argv[1:]))"
     )
     command = [sys.executable, "-c", slow, "convert", tmp_path / "big", "-o", tmp_path / "out", "--threads", "1"]

@@ -508,7 +508,10 @@ def test_killed_at_any_moment(servers: list[Server], tmp_path: Path) -> None:
         old = fingerprint(target)
         resumed = killed = 0
         span, began = 0.2, time.monotonic()
-        while time.monotonic() - began < SECONDS and (killed < 15 * SECONDS or resumed < SECONDS):
+        # On a busy machine it takes longer until enough kills have hit something.
+        while (spent := time.monotonic() - began) < 20 * SECONDS and (
+            killed < 5 or resumed < 1 or (spent < SECONDS and (killed < 15 * SECONDS or resumed < SECONDS))
+        ):
             asked = time.monotonic()
             pid = servers[0].ask(path, target, "or")
             if chance.random() < 0.8:
