@@ -9,7 +9,6 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -304,9 +303,3 @@ def input_files(weights: Weights) -> list[LocalFile]:
     nodes = [source for name in weights for source in sources(weights.node(name))]
     files = [*(getattr(node, "file", None) for node in nodes), *weights.files.values()]
     return list({id(file): file for file in files if isinstance(file, LocalFile)}.values())
-
-
-def folder_of(path: str | os.PathLike[str]) -> Path:
-    """The folder whose companions belong to a checkpoint path."""
-    place = Path(path)
-    return place if place.is_dir() else place.parent
