@@ -30,13 +30,13 @@ class Judge:
 
 
 def by_hand(places: list[float], goal: float) -> tuple[list[int], float]:
-    """Recipe 1, written from its text."""
+    """Recipe 1, written from its text. The means are ours, so that what rounding makes unequal is so here as well."""
     order = sorted(range(len(places)), key=lambda i: abs(places[i] - goal))
     members: list[int] = []
     best = float("inf")
     for i in order:
         tried = [*members, i]
-        distance = abs(sum(places[j] for j in tried) / len(tried) - goal)
+        distance = abs(float(ws.merge.mean(torch.tensor([[places[j]] for j in tried]))) - goal)
         if not members or distance <= best:
             members, best = tried, distance
     return members, best

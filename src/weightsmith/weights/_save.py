@@ -13,6 +13,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -310,10 +311,19 @@ def check_target(plan: Plan, overwrite: bool) -> None:
     if not os.access(parent, os.W_OK | os.X_OK):
         raise OutputError(f"{target}: the folder {parent} cannot be written to")
     needed = sum(file.size for file in plan.layout.files)
-    held = sum(f.stat().st_blocks * 512 for f in staging_folder(target).rglob("*") if f.is_file())
-    free = shutil.disk_usage(parent).free + held
+    free = shutil.disk_usage(parent).free + _held(staging_folder(target))
     if needed > free:
         raise OutputError(f"{target}: needs {needed:,} bytes, the disk has {free:,} free")
+
+
+def _held(folder: Path) -> int:
+    """Bytes on disk under a folder, which another process may be emptying at this moment."""
+    total = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with suppress(OSError):
+                total += os.lstat(os.path.join(place, name)).st_blocks * 512
+    return total
 
 
 def _refuse_inputs(plan: Plan) -> None:
