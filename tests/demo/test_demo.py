@@ -18,9 +18,9 @@ import torch
 from click.testing import CliRunner
 
 import weightsmith as ws
-from weightsmith import demo, errors, prune
+from weightsmith import demo, errors, page, prune
 from weightsmith.cli import _demo
-from weightsmith.demo import _measure, _page, _report, _run
+from weightsmith.demo import _measure, _report, _run
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
@@ -84,12 +84,12 @@ def test_measured_from_disk_not_from_memory(outcome, data, monkeypatch, undrawn)
 def test_record_and_report_say_the_same(outcome):
     record = json.loads((outcome.folder / "demo.json").read_text())
     assert record == json.loads(json.dumps(demo.record(outcome)))
-    page = outcome.report.read_text()
+    text = outcome.report.read_text()
     for row, kept in zip(outcome.rows, record["checkpoints"], strict=True):
         assert kept["test"]["accuracy"] == row.test.right / row.test.of
-        assert f"{100 * row.test.value:.1f}\N{NO-BREAK SPACE}%" in page
-        assert f"<td>{row.nbytes:,}</td>" in page
-    assert all(_page.escape(line) in page for line in _report.findings(outcome))
+        assert f"{100 * row.test.value:.1f}\N{NO-BREAK SPACE}%" in text
+        assert f"<td>{row.nbytes:,}</td>" in text
+    assert all(page.escape(line) in text for line in _report.findings(outcome))
 
 
 def test_best_and_greedy_go_by_validation(outcome, data):
@@ -322,7 +322,7 @@ def test_page_can_be_read_without_seeing_it(checked):
 
 def test_drawings_have_the_colours_of_the_page(checked):
     text, _ = checked
-    assert not any(colour in text for colour in _page.COLOURS.values())
+    assert not any(colour in text for colour in page.COLOURS.values())
     drawings = "".join(_found(r"<svg.*?</svg>", text))
     assert "var(--blue)" in drawings
     assert "<text" in drawings
@@ -333,14 +333,14 @@ def test_drawings_have_the_colours_of_the_page(checked):
 
 def test_words_are_escaped():
     hostile = "<script>&\"'"
-    cell = _page.Cell(hostile, hostile)
+    cell = page.Cell(hostile, hostile)
     pieces = [
-        _page.table("key", hostile, [hostile], [[cell, cell]]),
-        _page.paragraph(hostile),
-        _page.bullets([hostile]),
-        _page.code(hostile),
-        _page.folded(hostile, ""),
-        _page.page(hostile, "", [_page.Section("key", hostile, "")], ""),
+        page.table("key", hostile, [hostile], [[cell, cell]]),
+        page.paragraph(hostile),
+        page.bullets([hostile]),
+        page.code(hostile),
+        page.folded(hostile, ""),
+        page.page(hostile, "", [page.Section("key", hostile, "")], ""),
     ]
     assert all("<script" not in piece for piece in pieces)
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from weightsmith.demo._page import COLOURS, drawing_style
 from weightsmith.demo._task import unpacked
+from weightsmith.page import COLOURS, drawing_style
 from weightsmith.weights import open as open_weights
 
 if TYPE_CHECKING:

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
-from weightsmith.demo import _page, _plots
+from weightsmith import page
+from weightsmith.demo import _plots
 from weightsmith.demo._make import siblings_of
 from weightsmith.demo._measure import RESAMPLES
-from weightsmith.demo._page import Cell, Section
+from weightsmith.page import Cell, Section
 
 if TYPE_CHECKING:
     from weightsmith.demo._measure import Difference, Share
@@ -24,7 +25,7 @@ LAYER = "hidden.weight"  # the largest tensor; its values are shown before and a
 
 def report(outcome: Outcome) -> str:
     """The whole page."""
-    return _page.page(
+    return page.page(
         "What weights can do",
         _lead(outcome),
         [
@@ -35,7 +36,7 @@ def report(outcome: Outcome) -> str:
             Section("checkpoints", "Each checkpoint, and how to make it", _checkpoints(outcome)),
             Section("reading", "How to read the figures", _reading(outcome)),
         ],
-        _page.paragraph(_made_with(outcome)),
+        page.paragraph(_made_with(outcome)),
     )
 
 
@@ -76,7 +77,7 @@ def _lead(outcome: Outcome) -> str:
         f"The best single fine-tune, chosen on validation pictures, is {best.made.title} "
         f"with {_percent(best.test.value)} of the test pictures right."
     )
-    return _page.paragraph(text, "lead")
+    return page.paragraph(text, "lead")
 
 
 def _count(outcome: Outcome, kind: str) -> int:
@@ -96,17 +97,17 @@ def _results(outcome: Outcome) -> str:
     columns = ["checkpoint", "test", "shifted test", "difference", "bytes on disk", "zeros", "seconds"]
     return "\n".join(
         [
-            _page.paragraph(above),
-            _page.table("table-results", caption, columns, [_table_row(outcome, row) for row in outcome.rows]),
-            _page.paragraph(
+            page.paragraph(above),
+            page.table("table-results", caption, columns, [_table_row(outcome, row) for row in outcome.rows]),
+            page.paragraph(
                 "Pruning does not save bytes by itself: the zeros are stored like any other value (dense storage), "
                 "so only quantizing makes the files smaller here.",
                 "note",
             ),
             "<h3>In words</h3>",
-            _page.bullets(findings(outcome)),
-            _page.paragraph(_fairness(outcome)),
-            _page.paragraph(
+            page.bullets(findings(outcome)),
+            page.paragraph(_fairness(outcome)),
+            page.paragraph(
                 f"This is one run with one seed and {compared} comparisons: a difference that is shown here "
                 "may be gone with another seed.",
                 "note",
@@ -168,7 +169,7 @@ def _done(outcome: Outcome) -> str:
         f"{_listed([str(bits) for bits in settings.bits])} bits; and pruned, repaired and rounded.",
         "Measured: each checkpoint was opened from its folder; nothing in this report comes from memory.",
     ]
-    return _page.bullets(lines)
+    return page.bullets(lines)
 
 
 def _parameters(outcome: Outcome) -> int:
@@ -210,7 +211,7 @@ def _drawings(outcome: Outcome) -> str:
             _plots.histograms(outcome, [soup, repaired, small], LAYER, "plot-values"),
         ),
     ]
-    return _page.figures(drawn)
+    return page.figures(drawn)
 
 
 def _chosen(outcome: Outcome) -> list[Row]:
@@ -219,7 +220,7 @@ def _chosen(outcome: Outcome) -> list[Row]:
 
 def _drawn(key: str, caption: str, drawn: _plots.Drawn) -> str:
     drawing, alternative = drawn
-    return _page.figure(drawing, key, caption, alternative)
+    return page.figure(drawing, key, caption, alternative)
 
 
 def _between(outcome: Outcome) -> str:
@@ -240,7 +241,7 @@ def _between(outcome: Outcome) -> str:
     )
     caption = f"Accuracy at {len(outcome.line)} places on the straight line between two siblings."
     drawn = _drawn("plot-between", caption, _plots.line(outcome, "plot-between"))
-    return "\n".join([_page.paragraph(text), _page.paragraph(dip), drawn])
+    return "\n".join([page.paragraph(text), page.paragraph(dip), drawn])
 
 
 # Checkpoints
@@ -250,14 +251,14 @@ def _checkpoints(outcome: Outcome) -> str:
     opening = f"import weightsmith as ws\nfrom weightsmith import demo\n\ndata = demo.digits(seed={outcome.seed})"
     measure = 'demo.accuracy(ws.open("soup"), data.test), demo.accuracy(ws.open("soup"), data.shifted)'
     parts = [
-        _page.paragraph(
+        page.paragraph(
             "Every folder holds model.safetensors and a config.json that names the network. "
             "The lines below, run in order in an empty folder, make all of them again. They start with:"
         ),
-        _page.code(opening),
-        _page.paragraph("The accuracy of one on the test pictures, plain and shifted:"),
-        _page.code(measure),
-        _page.paragraph(
+        page.code(opening),
+        page.paragraph("The accuracy of one on the test pictures, plain and shifted:"),
+        page.code(measure),
+        page.paragraph(
             "The lineage under each is what the checkpoint says of itself; weightsmith show prints it for any file."
         ),
     ]
@@ -268,9 +269,9 @@ def _checkpoint(row: Row) -> str:
     return "\n".join(
         [
             f"<h3>{escape(_capital(row.made.title))}</h3>",
-            _page.paragraph(row.made.about),
-            _page.code(row.made.python),
-            _page.folded(f"Lineage of {row.made.key}/", _page.code(row.lineage)),
+            page.paragraph(row.made.about),
+            page.code(row.made.python),
+            page.folded(f"Lineage of {row.made.key}/", page.code(row.lineage)),
         ]
     )
 
@@ -279,7 +280,7 @@ def _checkpoint(row: Row) -> str:
 
 
 def _reading(outcome: Outcome) -> str:
-    return _page.bullets(
+    return page.bullets(
         [
             "Accuracy is the share of test pictures that are right. The Wilson interval says how far the share could "
             "be off by the choice of test pictures; it says nothing of other seeds for training.",
