@@ -17,7 +17,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 GUIDES = sorted([*(ROOT / "docs").glob("*.md"), *ROOT.glob("README.md")])
-BLOCK = re.compile(r"^```(python|pycon|console|sh)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+BLOCK = re.compile(r"^```(python|pycon|console|sh|yaml)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
 @pytest.mark.parametrize("guide", GUIDES, ids=lambda guide: guide.stem)
@@ -32,7 +32,11 @@ def test_examples_run(guide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
             make_inputs()
         kind, code = found.groups()
         line = text.count("\n", 0, found.start()) + 1
-        if kind == "python":
+        if kind == "yaml":
+            name = re.match(r"# (\S+\.yaml)\n", code)
+            assert name, f"{guide.name}:{line}: the first line of a YAML block is the name of its file"
+            Path(name[1]).write_text(code, encoding="utf-8")
+        elif kind == "python":
             exec(compile("\n" * line + code, str(guide), "exec"), names)
         elif kind == "pycon":
             check_session(code, names, guide, line)

@@ -22,7 +22,7 @@ from weightsmith.errors import Error, did_you_mean
 PACKAGE = Path(__file__).parent
 
 _LITERAL = ("paper", "covers", "needs", "unit", "laws", "claim", "departs")
-_NAMED = ("reduce", "solve")
+_NAMED = ("reduce", "solve", "unit_for", "joint")
 INTERNAL = ("solved", "start", "key", "generator")
 """Arguments of a kernel that the room hands to it; a caller does not name them."""
 
@@ -58,6 +58,8 @@ class Method:
     unit: str
     reduce: str
     solve: str
+    unit_for: str
+    joint: str
     laws: tuple[str, ...]
     claim: str
     departs: str

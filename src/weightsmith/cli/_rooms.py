@@ -35,6 +35,8 @@ _WORDS = {
     "sparsity": "Share to remove, from 0 to 1, or an N:M pattern such as 2:4.",
     "scope": "Whether each tensor loses that share, or all of them together.",
     "action": "Zeros in place of what is removed, or the mask of what is kept.",
+    "rest": "What becomes of tensors that not all have in one shape.",
+    "nonfinite": "Whether NaN and infinity may be written.",
 }
 
 
@@ -69,6 +71,8 @@ class Room(click.Group):
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         known = self.list_commands(ctx)
+        if args and args[0].endswith((".yaml", ".yml")):
+            return "run", importlib.import_module("weightsmith.cli._run").command(), args  # weightsmith merge FILE
         if args and args[0] not in known and not args[0].startswith("-"):
             ctx.fail(f"no method {args[0]!r} in {self.room}{did_you_mean(args[0], known)}")
         return super().resolve_command(ctx, args)

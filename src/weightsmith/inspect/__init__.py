@@ -5,6 +5,7 @@ with ``rows()``, one flat record each, and ``to_json()``, all of it as plain dat
 """
 
 from weightsmith.inspect._diff import Diff, LayerDiff, Sums, TensorDiff, diff
+from weightsmith.inspect._diversity import Diversity, Flips, Locality, Pair, diversity, flips, locality, rescued
 from weightsmith.inspect._spectra import Spectrum, spectrum
 from weightsmith.inspect._statistics import Statistics
 from weightsmith.inspect._summary import Layer, Summary, TensorSummary, summary
@@ -12,9 +13,13 @@ from weightsmith.inspect._verify import Finding, Verified, verify
 
 __all__ = [
     "Diff",
+    "Diversity",
     "Finding",
+    "Flips",
     "Layer",
     "LayerDiff",
+    "Locality",
+    "Pair",
     "Spectrum",
     "Statistics",
     "Sums",
@@ -23,6 +28,10 @@ __all__ = [
     "TensorSummary",
     "Verified",
     "diff",
+    "diversity",
+    "flips",
+    "locality",
+    "rescued",
     "spectrum",
     "summary",
     "verify",

@@ -409,6 +409,36 @@ class Pass:
 Solver = Callable[[], Generator[Pass, Any, Any]]
 
 
+class Totals:
+    """What passes over some tensors have found, so that another setting of a method need not read them again.
+
+    Shared by reductions that somebody gave it to (`Reduction.totals`). Holds at most ``capacity`` bytes;
+    what does not fit is not kept.
+    """
+
+    def __init__(self, capacity: int = 2**28):
+        self.left = capacity
+        self._found: dict[str, list[Any]] = {}
+        self._lock = threading.Lock()
+
+    def get(self, key: str) -> list[Any] | None:
+        """The results of a pass (one a unit of work where the solver wants each), or None."""
+        return self._found.get(key)
+
+    def put(self, key: str, results: list[Any]) -> None:
+        """Remember them if there is room."""
+        size = sum(part.nbytes for result in results for part in _tensors(result))
+        with self._lock:
+            if size <= self.left and key not in self._found:
+                self.left -= size
+                self._found[key] = results
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    parts = value if isinstance(value, tuple) else (value,)
+    return [part for part in parts if isinstance(part, Tensor)]
+
+
 class Reduction:
     """A small result that depends on all of some tensors: a norm, a Gram matrix, a threshold.
 
@@ -427,6 +457,8 @@ class Reduction:
         self.units = [(index, *run) for index, item in enumerate(self.items) for run in item.ranges(UNIT)]
         if not self.units and self.items:
             self.units = [(0, 0, 0)]  # a sum over nothing is still a sum: the function says its shape
+        self.totals: Totals | None = None
+        """Where results of passes are kept for others, if anywhere."""
         self._identity: object = None
         self._lock = threading.RLock()
         self._result: Any = None
@@ -456,12 +488,26 @@ class Reduction:
         try:
             wanted = next(solving)
             while True:
-                chosen = self.units if wanted.units is None else [self.units[i] for i in wanted.units]
-                results = yield [functools.partial(self.total, wanted.function, unit) for unit in chosen]
-                wanted = solving.send(results if wanted.each else functools.reduce(added, results, None))
+                key = self._key(wanted)
+                found = self.totals.get(key) if self.totals else None
+                if found is None:
+                    chosen = self.units if wanted.units is None else [self.units[i] for i in wanted.units]
+                    results = yield [functools.partial(self.total, wanted.function, unit) for unit in chosen]
+                    found = list(results) if wanted.each else [functools.reduce(added, results, None)]
+                    if self.totals:
+                        self.totals.put(key, found)
+                wanted = solving.send(found if wanted.each else found[0])
         except StopIteration as finished:
             self._result = finished.value
             self.done = True
+
+    def _key(self, wanted: Pass) -> str:
+        """Equal for passes that find the same; empty where nobody keeps results."""
+        if self.totals is None:
+            return ""
+        units = None if wanted.units is None else list(wanted.units)
+        asked = [_function_identity(wanted.function), wanted.each, units]
+        return _digest([*asked, *(item.identity() for item in self.items)])
 
     def value(self) -> Any:
         """The result, computed on this thread if no executor has done so."""

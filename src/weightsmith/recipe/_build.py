@@ -1,0 +1,170 @@
+"""From a checked recipe to lazy weights: inputs are opened, methods called, nothing is computed.
+
+Methods that measure whole models on their way (a greedy soup, a search) do long work when they are
+called. In a trial they are not: the first of their models stands in for the result, so that what
+comes after them is checked all the same.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Mapping, MutableMapping
+from typing import Any
+
+from weightsmith.errors import Error
+from weightsmith.recipe._expression import evaluated
+from weightsmith.recipe._schema import Input, Recipe, Step, base_name
+from weightsmith.recipe._yaml import Node, plain
+from weightsmith.weights import Weights, by_depth, open
+
+Made = MutableMapping[tuple[str, str], Any]
+"""What was built: (name, the swept values on which it depends) -> weights, or a list of them."""
+
+
+def build(recipe: Recipe, made: Made, *, trial: bool = False) -> dict[str, Any]:
+    """Every input and step of a recipe by name.
+
+    Args:
+        recipe: one variant of a sweep, with its values in place.
+        made: what other variants have built already; what does not depend on a swept option is taken
+            from there, so that its statistics are gathered once.
+        trial: only to check; methods that would compute are stood in for.
+
+    Raises:
+        Error: with the line and column of what was wrong.
+    """
+    found: dict[str, Any] = {}
+    for name, given in recipe.inputs.items():
+        found[name] = _once(recipe, name, made, lambda given=given: _opened(given))
+    for name, step in recipe.steps.items():
+        found[name] = _once(recipe, name, made, lambda step=step: _called(step, found, trial))
+    return found
+
+
+def lookup(found: Mapping[str, Any], reference: str) -> Weights:
+    """The weights of a name, or of ``name.0`` where a step made several."""
+    made = found[base_name(reference)]
+    index = reference.partition(".")[2]
+    if isinstance(made, list):
+        if not index or int(index) >= len(made):
+            raise Error(f"{base_name(reference)} is {len(made)} checkpoints: write {base_name(reference)}.0 and so on")
+        return made[int(index)]
+    if index and reference not in found:
+        raise Error(f"{base_name(reference)} is one checkpoint, so there is no {reference}")
+    return made
+
+
+def _once(recipe: Recipe, name: str, made: Made, make: Callable[[], Any]) -> Any:
+    values = {key: plain(recipe.sweep[key][0]) for key in recipe.affected(name)}
+    key = (name, json.dumps(values, sort_keys=True, default=str))
+    if key not in made:
+        made[key] = make()
+    return made[key]
+
+
+def _opened(given: Input) -> Weights:
+    try:
+        return open(os.path.expanduser(str(given.path.value)), **given.options)
+    except Error as error:
+        raise given.path.error(str(error)) from None
+    except OSError as error:
+        raise given.path.error(f"{given.path.value}: {error.strerror or error}") from None
+
+
+def _called(step: Step, found: Mapping[str, Any], trial: bool) -> Any:
+    try:
+        if step.expression is not None:
+            return evaluated(str(step.expression.value), lambda name: lookup(found, name))
+        assert step.method is not None
+        arguments = {key: _argument(step, key, value, found) for key, value in step.arguments.items()}
+        if trial and step.method.is_eager:
+            return _stand_in(step, arguments)
+        made = step.method.function(**arguments)
+    except Error as error:
+        if isinstance(error, Placed):
+            raise
+        raise _at(step, error) from None
+    except (TypeError, KeyError, AttributeError) as error:
+        raise _at(step, error) from error
+    several = isinstance(made, list | tuple) and made and all(isinstance(one, Weights) for one in made)
+    if not isinstance(made, Weights) and not several:
+        raise step.node.error(f"step {step.name}: {step.said} makes a {type(made).__name__}, not weights")
+    return list(made) if several else made
+
+
+class Placed(Error):
+    """An error that says already where in the file it is."""
+
+
+def _at(step: Step, error: Exception) -> Error:
+    """The error with its place: that of the option it speaks of, else that of the step."""
+    text = str(error)
+    spoken = [key for key in step.arguments if re.search(rf"(?<![\w.]){re.escape(key)}(?![\w.])", text)]
+    node = step.arguments[spoken[0]] if len(spoken) == 1 else step.node
+    made = node.error(f"step {step.name}: {text}")
+    return Placed(str(made))
+
+
+def _stand_in(step: Step, arguments: Mapping[str, Any]) -> Weights:
+    given = next((value for value in arguments.values() if isinstance(value, Weights | list) and value), None)
+    first = given[0] if isinstance(given, list) else given
+    if not isinstance(first, Weights):
+        raise step.node.error(f"step {step.name}: {step.said} is given no weights")
+    return first
+
+
+def _argument(step: Step, key: str, node: Node, found: Mapping[str, Any]) -> Any:
+    if step.method is not None and step.method.takes_weights(key):
+        return _weights(node, found)
+    if key == "evaluate":
+        return _evaluator(node)
+    return _value(node)
+
+
+def _weights(node: Node, found: Mapping[str, Any]) -> Any:
+    value = node.value
+    if isinstance(value, list):
+        return [_weights(inner, found) for inner in value]
+    if isinstance(value, str):
+        if base_name(value) in found:
+            whole = found[base_name(value)]
+            return list(whole) if isinstance(whole, list) and "." not in value else lookup(found, value)
+        return _opened(Input(node, {}))
+    return _value(node)
+
+
+def _evaluator(node: Node) -> Any:
+    from weightsmith.evaluators import evaluator
+
+    if not isinstance(node.value, str):
+        raise Placed(str(node.error("evaluate: must be a text such as score.py:accuracy or text:held_out.txt")))
+    try:
+        return evaluator(node.value)
+    except Error as error:
+        raise Placed(str(node.error(str(error)))) from None
+
+
+def _value(node: Node) -> Any:
+    """A plain value; ``{by_depth: [...]}`` and ``{python: file.py:name}`` become what they speak of."""
+    value = node.value
+    if isinstance(value, list):
+        return [_value(inner) for inner in value]
+    if isinstance(value, Mapping):
+        if list(value) == ["by_depth"]:
+            return by_depth(plain(value["by_depth"]))
+        if list(value) == ["python"]:
+            return _from_python(value["python"])
+        return {key: _value(inner) for key, inner in value.items()}
+    return value
+
+
+def _from_python(node: Node) -> Any:
+    """What a name in a Python file of the user's stands for; a function without arguments is called."""
+    from weightsmith.evaluators import from_file
+
+    try:
+        return from_file(str(node.value))
+    except Error as error:
+        raise Placed(str(node.error(str(error)))) from None
