@@ -87,10 +87,43 @@ def test_save_options_work(run, model, tuned, tmp_path):
     assert (tmp_path / "out" / "model.safetensors.index.json").exists()
 
 
-def test_methods_that_need_more_than_files_have_no_command():
+def test_methods_that_need_more_than_files_and_words_have_no_command():
     assert "merge.mean" in NAMES
-    assert "merge.greedy_soup" not in NAMES
+    assert "merge.stack" not in NAMES
+    assert not any({"data", "graph"} & set(method.needs) for method in _methods())
     assert not any(name.startswith("average.") for name in NAMES)
+
+
+SCORE = """
+def small(weights):
+    return -float(sum(weights[name].double().square().sum() for name in weights))
+"""
+
+
+def test_a_method_that_measures(run, model, tuned, models, tmp_path):
+    (tmp_path / "score.py").write_text(SCORE)
+    spec = f"{tmp_path / 'score.py'}:small"
+    status, _, err = run("merge", "greedy_soup", model, tuned, "--evaluate", spec, "-o", tmp_path / "out")
+    assert (status, err) == (0, "")
+
+    def small(weights):
+        return -float(sum(weights[name].double().square().sum() for name in weights))
+
+    equal(tmp_path / "out", weightsmith.merge.greedy_soup(list(models), small))
+    status, _, err = run("merge", "greedy_soup", model, tuned, "--evaluate", f"{spec}er", "-o", tmp_path / "no")
+    assert status == 2
+    assert "did you mean 'small'" in err
+
+
+def test_statistics(run, model, tuned, models, tmp_path):
+    told = []
+    for number, one in enumerate(models):
+        one.map(torch.square).save(tmp_path / f"{number}.safetensors")
+        told += ["--stats", tmp_path / f"{number}.safetensors"]
+    status, _, err = run("merge", "fisher", model, tuned, *told, "-o", tmp_path / "out")
+    assert (status, err) == (0, "")
+    stats = [one.map(torch.square) for one in models]
+    equal(tmp_path / "out", weightsmith.merge.fisher(list(models), stats=stats))
 
 
 @pytest.mark.parametrize("method", _methods(), ids=NAMES)
@@ -100,7 +133,8 @@ def test_options_are_those_of_the_function(method):
     import inspect
 
     function = importlib.import_module(f"weightsmith.{method.room}").METHODS[method.name]
-    wanted = list(inspect.signature(function).parameters)[1:]
+    parameters = list(inspect.signature(function).parameters.values())[1:]
+    wanted = [one.name for one in parameters if "Callable" not in str(one.annotation)]
     options = [one for one in _rooms.command(method).params if getattr(one, "section", "") == "Method"]
     assert sorted(one.name for one in options) == sorted(wanted)
     assert all(one.help for one in options), "an option without an explanation in Args:"

@@ -23,8 +23,11 @@ from weightsmith.cli._manual import PATH, SAVING, Manual, Option
 from weightsmith.cli._save import save, save_options
 from weightsmith.errors import did_you_mean
 
-_FILES = {"base"}
+_FILES = {"base", "stats"}
 """What a method may need and a path can give."""
+
+_GIVEN = {*_FILES, "evaluate"}
+"""What a method may need and an option can give."""
 
 _METHOD = "Method"
 
@@ -37,7 +40,10 @@ _WORDS = {
     "action": "Zeros in place of what is removed, or the mask of what is kept.",
     "rest": "What becomes of tensors that not all have in one shape.",
     "nonfinite": "Whether NaN and infinity may be written.",
+    "stats": "What data says of each model, one file a model in their order, then one for the base. Repeatable.",
 }
+
+_SPEC = "Quality on held-out data, higher is better: score.py:function, or text:held_out.txt for a language model."
 
 
 def rooms() -> list[str]:
@@ -48,8 +54,16 @@ def rooms() -> list[str]:
 @functools.cache
 def _methods() -> tuple[Method, ...]:
     catalogue = Catalogue()
-    rooms = {room: catalogue.lifted(room) for room in catalogue.tables if catalogue.leading(room)}
-    return tuple(m for m in catalogue.methods if m.name in rooms.get(m.room, ()) and set(m.needs) <= _FILES)
+    lifted = {room: catalogue.lifted(room) for room in catalogue.tables if catalogue.leading(room)}
+    return tuple(m for m in catalogue.methods if m.room in lifted and _is_command(m, m.name in lifted[m.room]))
+
+
+def _is_command(method: Method, is_lifted: bool) -> bool:
+    """Whether files and words are all that a method needs."""
+    needs = {need.partition(".")[0] for need in method.needs}
+    first = method.public[0].annotation if method.public else ""
+    on_models = "Source" in first and "tuple" not in first and method.returns == "Weights"
+    return needs <= _GIVEN and (is_lifted or on_models)
 
 
 class Room(click.Group):
@@ -96,7 +110,8 @@ def command(method: Method) -> click.Command:
     first, *others = method.public
     several = "Sequence" in first.annotation
     words = _arguments(method.docstring)
-    options = [_option(p, words.get(p.name) or _WORDS.get(p.name, ""), method) for p in others]
+    told = [p for p in others if "Callable" not in p.annotation]  # a shell has no functions to be told of a step
+    options = [_option(p, _WORDS.get(p.name) or words.get(p.name, ""), method) for p in told]
     names = {one.name for one in options}
     argument = click.Argument(
         ["inputs"], type=PATH, nargs=-1 if several else 1, required=True, metavar="MODEL..." if several else "PATH"
@@ -123,6 +138,10 @@ def command(method: Method) -> click.Command:
 def _run(method: Method, inputs: Any, chosen: dict[str, Any], given: dict[str, Any]) -> None:
     room = importlib.import_module(f"weightsmith.{method.room}")
     options = {name: _built(value) for name, value in chosen.items() if value is not None and value != ()}
+    if isinstance(options.get("evaluate"), str):
+        from weightsmith.evaluators import evaluator
+
+        options["evaluate"] = evaluator(options["evaluate"])
     save(room.METHODS[method.name](inputs, **options), given)
 
 
@@ -131,12 +150,15 @@ def _run(method: Method, inputs: Any, chosen: dict[str, Any], given: dict[str, A
 
 def _option(parameter: Parameter, help: str, method: Method) -> click.Option:
     flag = "--" + parameter.name.replace("_", "-")
-    required = parameter.default is None or parameter.name in method.needs
+    required = parameter.default is None or parameter.name in {need.partition(".")[0] for need in method.needs}
     fields: dict[str, Any] = {"section": _METHOD, "required": required}
     words = re.findall(r"""["']([^"']+)["']""", parameter.annotation) if "Literal" in parameter.annotation else []
     names = [flag]
-    if parameter.name in _FILES:
-        fields["type"] = PATH
+    if parameter.name in _FILES or "Source" in parameter.annotation:
+        fields |= {"type": PATH, "multiple": parameter.name == "stats" or "Sequence" in parameter.annotation}
+    elif parameter.name == "evaluate":
+        fields["metavar"] = "SPEC"
+        help = _SPEC
     elif parameter.name == "pattern":
         fields |= {"multiple": True, "metavar": "PATTERN"}
     elif parameter.annotation == "bool":
