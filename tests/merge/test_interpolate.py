@@ -7,7 +7,7 @@ import torch
 
 import weightsmith as ws
 from weightsmith.errors import Error
-from weightsmith.merge._interpolate import Trial, Update, backward_compatible, init, step, wise_ft
+from weightsmith.merge._interpolate import Trial, Update, backward_compatible, held, importance_of, init, step, wise_ft
 from weightsmith.weights import Weights
 
 
@@ -104,6 +104,115 @@ def test_steps_do_not_change_what_went_in():
     assert mixed["w"].item() == 6
     assert step(update, 0.5, judge)[1] == Trial(0.5, 4.0, False)
     assert new["w"].item() == 8
+
+
+# With Fisher information
+
+
+def told(*information: float, name: str = "w") -> Weights:
+    return Weights.of({name: torch.tensor(information)})
+
+
+@pytest.mark.parametrize("amount", [0.25, 0.5, 0.9, 1.0])
+def test_the_formula_with_importance(amount: float):
+    old, new = torch.randn(2, 12, generator=torch.Generator().manual_seed(0))
+    f = torch.rand(12, generator=torch.Generator().manual_seed(1)) * 3
+    f[4] = 0
+    expected = []
+    for o, n, weight in zip(old.tolist(), new.tolist(), f.tolist(), strict=True):
+        under = amount * weight + 1 - amount
+        expected.append((amount * weight * o + (1 - amount) * n) / under if under else o)
+    torch.testing.assert_close(held(new, old, f, amount=amount), torch.tensor(expected), rtol=1e-5, atol=1e-6)
+
+
+def test_only_the_ratio_of_information_counts():
+    """Divided by its mean: 1 and 3 are a half and three halves, however large."""
+    new, old = {"w": torch.tensor([4.0, 4.0])}, {"w": torch.zeros(2)}
+    by_hand = [(0.25 * 4) / (0.75 * f + 0.25) for f in (0.5, 1.5)]
+    for size in (1e-8, 1.0, 1e6):
+        seen: list[list[float]] = []
+
+        def score(weights: Weights, seen: list[list[float]] = seen) -> float:
+            seen.append(weights["w"].tolist())
+            return -float(len(seen) == 2)  # the old model alone is worse
+
+        found = backward_compatible([new], old, score, steps=4, stats=told(size, 3 * size))
+        assert seen[:2] == [[4, 4], [0, 0]]
+        assert seen[2] == pytest.approx(by_hand, rel=1e-5)
+        assert found["w"].tolist() == pytest.approx(by_hand, rel=1e-5)
+        assert found.lineage.options["amount"] == 0.75
+
+
+def test_equal_information_is_the_straight_line():
+    new, old = at(8.0, 0.0)
+    plain = backward_compatible([new], old, quality_up_to(5.0), steps=8)
+    same = backward_compatible([new], old, quality_up_to(5.0), steps=8, stats=told(0.3))
+    assert same["w"].item() == pytest.approx(plain["w"].item())
+    assert same.lineage.options == plain.lineage.options
+
+
+def test_a_weight_that_does_not_matter_stays_new_until_all_go_back():
+    new, old = {"w": torch.tensor([4.0, 4.0])}, {"w": torch.zeros(2)}
+    update = init(
+        [Weights.of(new)], Weights.of(old), lambda w: 0.0, 0.0, importance_of(told(0.0, 2.0), Weights.of(old))
+    )
+    for amount in (0.25, 0.5, 0.99):
+        mixed, _ = step(update, amount, lambda w: 0.0)
+        assert mixed["w"][0].item() == 4
+        assert mixed["w"][1].item() == pytest.approx(4 * (1 - amount) / (1 + amount))
+    assert step(update, 1.0, lambda w: 0.0)[0]["w"].tolist() == [0, 0]
+
+
+def test_the_mean_is_over_the_whole_model_and_what_is_not_told_of_goes_along_the_line():
+    new = {"a": torch.ones(3), "b": torch.ones(1), "buffer": torch.ones(2), "n": torch.tensor(7)}
+    old = {"a": torch.zeros(3), "b": torch.zeros(1), "buffer": torch.zeros(2), "n": torch.tensor(3)}
+    stats = Weights.of({"a": torch.full((3,), 1.0), "b": torch.tensor([5.0])})  # mean 2
+    update = init([Weights.of(new)], Weights.of(old), lambda w: 0.0, 0.0, importance_of(stats, Weights.of(old)))
+    mixed, _ = step(update, 0.5, lambda w: 0.0)
+    assert mixed["a"].tolist() == pytest.approx([1 / 1.5] * 3)
+    assert mixed["b"].tolist() == pytest.approx([1 / 3.5])
+    assert mixed["buffer"].tolist() == [0.5, 0.5]
+    assert mixed["n"].item() == 3
+
+
+def test_information_of_a_module_and_a_soup_of_new_ones(tmp_path):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        old, *new = (torch.nn.Linear(3, 2) for _ in range(3))
+    stats = ws.stats.fisher(old, [torch.randn(16, 3, generator=torch.Generator().manual_seed(0))])
+    stats.save(tmp_path / "fisher.safetensors")
+    found = backward_compatible(new, old, lambda w: 0.0, steps=2, stats=tmp_path / "fisher.safetensors")
+    assert torch.equal(found["weight"], old.weight.detach())  # nothing is lost: all the way back
+    soup = ws.merge.mean(new)
+    found = backward_compatible(new, old, lambda w: -float((w["weight"] - soup["weight"]).norm()), stats=stats)
+    assert found.lineage.options["amount"] == 0
+
+
+def test_bfloat16_is_computed_in_float32():
+    new, old = torch.tensor([1.0, 3.0]).bfloat16(), torch.tensor([0.5, 1.0]).bfloat16()
+    made = {"w": new}, {"w": old}
+    stats = told(1.0, 2.0)
+    update = init(
+        [Weights.of(made[0])], Weights.of(made[1]), lambda w: 0.0, 0.0, importance_of(stats, Weights.of(made[1]))
+    )
+    mixed = step(update, 0.3, lambda w: 0.0)[0]
+    assert mixed.spec("w").dtype == torch.bfloat16
+    expected = held(new.float(), old.float(), torch.tensor([2 / 3, 4 / 3]), amount=0.3)
+    assert torch.equal(mixed["w"], expected.bfloat16())
+
+
+def test_information_that_cannot_serve_is_refused_before_anything_is_asked():
+    asked: list[Weights] = []
+    for stats, message in (
+        (told(-1.0), "Fisher information must be finite and not negative; w is not"),
+        (told(float("nan")), "must be finite and not negative; w is not"),
+        (told(0.0), "the Fisher information is zero everywhere"),
+        (told(1.0, name="v"), "stats say nothing of any weight; they have v"),
+        (told(1.0, 2.0), r"stats\.fisher of w is \[2\], but its weight \[1\]"),
+    ):
+        with pytest.raises(Error, match=message):
+            backward_compatible(at(1.0), at(1.0)[0], asked.append, stats=stats)  # type: ignore[arg-type]
+    assert asked == []
 
 
 def test_files_are_opened(tmp_path):

@@ -8,19 +8,20 @@ shift, or on the examples that its users rely on) is there still.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from weightsmith import progress
 from weightsmith.card import card
-from weightsmith.errors import Error
+from weightsmith.errors import Error, listed
 from weightsmith.merge import _mean
 from weightsmith.merge._parts import at_least, wide
 from weightsmith.merge._soups import Evaluate
-from weightsmith.merge.room import Source, check_alike, lift, opened_models
-from weightsmith.weights import Weights, open
+from weightsmith.merge.room import Source, aligned, check_alike, lift, opened_models
+from weightsmith.weights import Lazy, Spec, Weights, apply, materialize, open
 
 
 @card(
@@ -70,6 +71,8 @@ class Update:
     old: Weights
     least: float
     """The quality that must not be lost."""
+    importance: Mapping[str, Lazy] | None = None
+    """How much each weight matters to the old model, in units of the mean; None for equally."""
 
 
 @dataclass(frozen=True)
@@ -81,17 +84,74 @@ class Trial:
     accepted: bool
 
 
-def init(models: Sequence[Weights], base: Weights, evaluate: Evaluate, tolerance: float = 0.0) -> Update:
+def init(
+    models: Sequence[Weights],
+    base: Weights,
+    evaluate: Evaluate,
+    tolerance: float = 0.0,
+    importance: Mapping[str, Lazy] | None = None,
+) -> Update:
     """The new model (the mean of several), the old one, and what may not be lost."""
     new = models[0] if len(models) == 1 else _mean_of(models)
-    return Update(new, base, evaluate(new) - tolerance)
+    return Update(new, base, evaluate(new) - tolerance, importance)
 
 
 def step(update: Update, amount: float, evaluate: Evaluate) -> tuple[Weights, Trial]:
     """Go back by ``amount`` of the way to the old model, and see whether that loses anything."""
-    mixed = _between([update.new], update.old, amount=1 - amount)
+    mixed = _held(update, amount) if update.importance else _between([update.new], update.old, amount=1 - amount)
     score = evaluate(mixed)
     return mixed, Trial(amount, score, score >= update.least)
+
+
+def _held(update: Update, amount: float) -> Weights:
+    """Back to the old model by ``amount``, and further where a weight matters more to it."""
+    told = update.importance or {}
+
+    def build(name: str, new: Lazy, old: Lazy) -> Lazy:
+        if not new.spec.dtype.is_floating_point:
+            return old
+        given = (new, old, told[name]) if name in told else (new, old)
+        return apply(held, *given, spec=new.spec, options={"amount": amount})
+
+    return update.new.zip_nodes(build, (update.old,), "merge.held", {"amount": amount})
+
+
+def held(new: Tensor, old: Tensor, importance: Tensor | None = None, *, amount: float) -> Tensor:
+    """``(a f old + (1 - a) new) / (a f + 1 - a)`` with ``f`` the importance ``[*shape]``, 1 by default.
+
+    With ``a = 1`` it is the old weight, where ``f`` is 0 as well.
+
+    >>> held(torch.tensor([4.0, 4.0, 4.0]), torch.zeros(3), torch.tensor([0.0, 1.0, 3.0]), amount=0.5)
+    tensor([4., 2., 1.])
+    """
+    new, old = wide(new, old)
+    if amount == 1:
+        return old.clone()
+    free = 1 - amount
+    share = free if importance is None else free / (amount * importance.to(new.dtype) + free)
+    return old + share * (new - old)
+
+
+def importance_of(stats: Weights, old: Weights) -> dict[str, Lazy]:
+    """Fisher information over its mean, for the weights of which it speaks; the mean is that of all of them."""
+    stacks = aligned((stats,), old.select(floating=True), "stats.fisher", "backward_compatible")
+    nodes = {name: stack.members[0] for name, stack in stacks.items()}
+    total, count, wrong = 0.0, 0, []
+    for name, node in {id(node): (name, node) for name, node in nodes.items()}.values():
+        values = materialize(node)
+        total, count = total + float(values.sum(dtype=torch.float64)), count + values.numel()
+        if not (values >= 0).all() or not values.isfinite().all():
+            wrong.append(name)
+    if wrong:
+        raise Error(f"backward_compatible: Fisher information must be finite and not negative; {listed(wrong)} is not")
+    if not total > 0:
+        raise Error("backward_compatible: the Fisher information is zero everywhere")
+    over = count / total
+    return {name: apply(_times, node, over, spec=Spec(node.spec.shape, torch.float32)) for name, node in nodes.items()}
+
+
+def _times(values: Tensor, factor: float) -> Tensor:
+    return values * factor
 
 
 @card(
@@ -100,7 +160,8 @@ def step(update: Update, amount: float, evaluate: Evaluate) -> tuple[Weights, Tr
     needs=("base", "evaluate"),
     unit="model",
     claim="fewer right answers turn wrong than with the new model, at no loss on held-out data",
-    departs="the amount is searched on a grid from the old model down; without the variant by Fisher information",
+    departs="the amount is searched on a grid from the old model down; Fisher information is divided by its mean, so "
+    "that equal information is the straight line",
 )
 def backward_compatible(
     models: Sequence[Source],
@@ -109,13 +170,16 @@ def backward_compatible(
     steps: int = 20,
     tolerance: float = 0.0,
     on_step: Callable[[Trial], None] | None = None,
+    stats: Source | None = None,
 ) -> Weights:
     r"""An update of a model that turns as few right answers wrong as it can without a loss of quality.
 
-    .. math:: w = a\, w_0 + (1 - a)\, \bar w
+    .. math:: w = \frac{a\, f\, w_0 + (1 - a)\, \bar w}{a\, f + 1 - a}
 
     with :math:`w_0` the old model, :math:`\bar w` the mean of the new ones, and :math:`a` the largest of
-    :math:`1, 1 - 1/s, \dots, 1/s, 0` that does not lose on held-out data against :math:`\bar w`.
+    :math:`1, 1 - 1/s, \dots, 1/s, 0` that does not lose on held-out data against :math:`\bar w`. Without
+    statistics :math:`f = 1`, the straight line; with Fisher information of the old model, over its mean, weights that
+    matter to it are held more firmly.
 
     Args:
         models: one new model or several, trained on from ``base``; anything that `weightsmith.open` opens.
@@ -124,12 +188,15 @@ def backward_compatible(
         steps: how finely :math:`a` is searched.
         tolerance: how much quality may be lost.
         on_step: told of every amount that was tried.
+        stats: diagonal Fisher information of the old model (`weightsmith.stats.fisher`), read once beforehand.
+            Weights of which it does not speak have :math:`f = 1`. It is spread over orders of magnitude, so most
+            weights go back only at amounts close to 1: take more ``steps``.
 
     Returns:
         Weights: lazy, like every merge. ``lineage`` names the amount of the old model that is in it.
 
     Raises:
-        ValueError: no model, models of different architectures, or no step.
+        ValueError: no model, models of different architectures, no step, or statistics of other weights.
 
     >>> new, old = ws.Weights.of({"w": torch.tensor([4.0])}), ws.Weights.of({"w": torch.tensor([0.0])})
     >>> backward_compatible([new], old, lambda w: min(float(w["w"]), 3.0))["w"]     # a quarter of the way is free
@@ -141,6 +208,7 @@ def backward_compatible(
         raise Error(f"backward_compatible: tolerance must be at least 0, got {tolerance}")
     opened, old = opened_models(models, "backward_compatible"), open(base)
     check_alike(opened, old, "backward_compatible")
+    importance = None if stats is None else importance_of(open(stats), old)
     with progress.task("backward compatible", steps + 1) as advance:
 
         def counted(weights: Weights) -> float:
@@ -148,7 +216,7 @@ def backward_compatible(
             advance(1)
             return score
 
-        update = init(opened, old, counted, tolerance)
+        update = init(opened, old, counted, tolerance, importance)
         chosen, amount = update.new, 0.0
         for number in range(steps, 0, -1):
             mixed, trial = step(update, number / steps, counted)

@@ -5,6 +5,7 @@ that it speaks of. `collect` gathers several in one pass; `combine` adds up what
 shards of the data. The model is left as it was.
 """
 
+from weightsmith.stats._batch_norm import batch_norm
 from weightsmith.stats._fisher import Fisher, Labels, fisher
 from weightsmith.stats._gram import Gram, gram
 from weightsmith.stats.room import Access, Batch, Counter, Forward, Loss, Statistic, collect, combine
@@ -19,6 +20,7 @@ __all__ = [
     "Labels",
     "Loss",
     "Statistic",
+    "batch_norm",
     "collect",
     "combine",
     "fisher",
