@@ -17,7 +17,7 @@ from weightsmith._version import __version__
 from weightsmith.errors import Error
 
 if TYPE_CHECKING:
-    from weightsmith import average, inspect, merge, progress, prune, quantize, recipe, solve, stats, weights
+    from weightsmith import adapt, average, inspect, merge, progress, prune, quantize, recipe, solve, stats, weights
     from weightsmith.weights import Spec, Weights, by_depth, open
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "Spec",
     "Weights",
     "__version__",
+    "adapt",
     "average",
     "by_depth",
     "inspect",

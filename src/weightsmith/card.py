@@ -1,8 +1,8 @@
 """The card a method wears, and the table that lists a room's methods.
 
 A card is literal: its text is read by tools that never import the code (`weightsmith methods`, the
-shell commands, the documentation), so every value in it is written out, not computed. ``reduce``
-and ``solve`` alone are names of functions.
+shell commands, the documentation), so every value in it is written out, not computed. ``reduce``, ``solve``,
+``unit_for`` and ``joint`` alone are names of functions.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ NEEDS = ("base", "stats.gram", "stats.activations", "stats.fisher", "evaluate", 
 """Everything that a method may need beside the weights it works on."""
 
 UNITS = ("element", "row", "tensor", "group", "model")
+Unit = Literal["element", "row", "tensor", "group", "model"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +31,9 @@ class Card:
         unit: the smallest piece it can be computed on: element, row, tensor, group or model.
         reduce: ``(*chunk) -> statistics``, added up over chunks before the first output.
         solve: ``(statistics, **options) -> coefficients``, handed to the method as ``solved``.
+        unit_for: ``(shape, **options) -> unit`` where options change what may not be torn apart; with another
+            unit than the card's the method works without ``solve``.
+        joint: ``(**options) -> bool``: whether all tensors are solved together, as one.
         laws: names of the room's laws that hold for it.
         claim: what it promises, in a clause that could be measured.
         departs: where it differs from the paper, and why.
@@ -38,9 +42,11 @@ class Card:
     paper: str
     covers: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
-    unit: Literal["element", "row", "tensor", "group", "model"] = "element"
+    unit: Unit = "element"
     reduce: Callable[..., Any] | None = None
     solve: Callable[..., Any] | None = None
+    unit_for: Callable[..., Unit] | None = None
+    joint: Callable[..., bool] | None = None
     laws: tuple[str, ...] = ()
     claim: str = ""
     departs: str = ""

@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import torch
 
-from weightsmith.card import Card, card_of
+from weightsmith.card import card_of
 from weightsmith.errors import Error, did_you_mean
 from weightsmith.weights import Inputs, Output, Reduction, Spec, Work, resolve, single
 from weightsmith.weights._lazy import Argument, Unit
@@ -67,27 +67,47 @@ def staged(
     arguments: Sequence[Argument],
     options: Mapping[str, Any],
     outputs: Mapping[str, Spec],
+    *,
+    function: Callable[..., Any] | None = None,
+    joint: tuple[Reduction, int] | None = None,
 ) -> Work:
-    """The streamed form of ``kernel(*arguments, **options)``, with its statistics if its card names any."""
+    """The streamed form of ``kernel(*arguments, **options)``, with its statistics if its card names any.
+
+    Args:
+        function: what is called in place of the kernel, such as one that checks its result.
+        joint: the reduction of several tensors that were to be solved together, and where this one begins in it.
+    """
     card = card_of(kernel)
-    unit = cast(Unit, card.unit)
+    unit = unit_of(kernel, arguments, options)
     inputs = Inputs(arguments, unit)
-    return Work(kernel, inputs, outputs, options, _reduction(card, kernel, arguments, unit, options))
+    if joint is not None:
+        return Work(function or kernel, inputs, outputs, options, *joint)
+    reduction = None
+    if card.solve is not None and unit == card.unit:
+        reduction = Reduction([inputs], solver_of(kernel, options))
+    return Work(function or kernel, inputs, outputs, options, reduction)
 
 
-def _reduction(
-    card: Card, kernel: Callable[..., Any], arguments: Sequence[Argument], unit: Unit, options: Mapping[str, Any]
-) -> Reduction | None:
+def unit_of(kernel: Callable[..., Any], arguments: Sequence[Argument], options: Mapping[str, Any]) -> Unit:
+    """What may not be torn apart: what the card says, for these shapes and options."""
+    card = card_of(kernel)
+    if card.unit_for is None:
+        return cast(Unit, card.unit)
+    shape = Inputs(arguments, "tensor").nodes[0].spec.shape
+    return cast(Unit, card.unit_for(shape, **accepted(card.unit_for, options)))
+
+
+def solver_of(kernel: Callable[..., Any], options: Mapping[str, Any]) -> Callable[[], Any]:
+    """What a `Reduction` is to run for a kernel: the solver of its card with those options that it takes."""
+    card = card_of(kernel)
     if card.solve is None:
-        return None
+        raise TypeError(f"the card of {kernel.__name__} has no solve=")
     solve = functools.partial(card.solve, **accepted(card.solve, options))
     if inspect.isgeneratorfunction(card.solve):
-        solver: Callable[[], Any] = solve
-    else:
-        if card.reduce is None:
-            raise TypeError(f"the card of {kernel.__name__} has solve= without reduce=")
-        solver = functools.partial(single, card.reduce, solve)
-    return Reduction([Inputs(arguments, unit)], solver)
+        return solve
+    if card.reduce is None:
+        raise TypeError(f"the card of {kernel.__name__} has solve= without reduce=")
+    return functools.partial(single, card.reduce, solve)
 
 
 def accepted(function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:

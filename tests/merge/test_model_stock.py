@@ -127,3 +127,19 @@ def test_one_model_is_refused():
         model_stock(torch.ones(1, 2), torch.ones(2))
     with pytest.raises(Error, match="model_stock needs at least 2 models, got 1"):
         ws.merge.model_stock([{"w": torch.ones(2)}], {"w": torch.ones(2)})
+
+
+@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.parametrize("shape", [(6, 7), (5, 3, 4), (9,), ()])
+def test_filter_wise_is_the_stock_of_every_output(shape: tuple[int, ...]):
+    generator = torch.Generator().manual_seed(1)
+    base = torch.randn(shape, generator=generator)
+    models = base + torch.randn(shape, generator=generator) + torch.randn(3, *shape, generator=generator)
+    if len(shape) > 1:
+        expected = torch.stack([model_stock(models[:, i], base[i]) for i in range(len(base))])
+        assert not torch.allclose(expected, model_stock(models, base), atol=1e-3)
+    else:
+        expected = model_stock(models, base)
+    torch.testing.assert_close(model_stock(models, base, filter_wise=True), expected)
+    found = ws.merge.model_stock([{"w": model} for model in models], {"w": base}, filter_wise=True)["w"]
+    torch.testing.assert_close(found, expected)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from weightsmith.errors import Error
-from weightsmith.merge._parts import at_least, combined, delta_gram, mean_pairwise_cosine, shares, wide
+from weightsmith.merge._parts import at_least, combined, delta_gram, mean_pairwise_cosine, shares, wide, workspace
 
 
 def test_at_least():
@@ -91,3 +92,19 @@ def test_cosines_do_not_leave_their_range_by_rounding():
     assert float(mean_pairwise_cosine(same @ same.T)) <= 1
     opposed = torch.cat([vector, -vector])
     assert float(mean_pairwise_cosine(opposed @ opposed.T)) >= -1
+
+
+def test_a_workspace_is_one_place_a_thread_and_dtype():
+    cpu = torch.device("cpu")
+    first = workspace((3, 4), torch.float32, cpu)
+    again = workspace((2, 5), torch.float32, cpu)
+    assert first.shape == (3, 4)
+    assert again.data_ptr() == first.data_ptr()
+    assert workspace((3,), torch.float64, cpu).data_ptr() != first.data_ptr()
+    places = []
+    thread = threading.Thread(target=lambda: places.append(workspace((3, 4), torch.float32, cpu).data_ptr()))
+    thread.start()
+    thread.join()
+    assert places != [first.data_ptr()]
+    large = workspace((2**22,), torch.float32, cpu)
+    assert large.data_ptr() != workspace((2**22,), torch.float32, cpu).data_ptr()

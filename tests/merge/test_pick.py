@@ -12,7 +12,7 @@ from torch import Tensor
 
 import weightsmith as ws
 from weightsmith.errors import Error
-from weightsmith.merge._pick import arcee_fusion, nearswap, ram, sce
+from weightsmith.merge._pick import arcee_fusion, nearswap, passthrough, ram, ramplus_tl, sce
 
 METHODS = [nearswap, sce, ram, arcee_fusion]
 
@@ -214,3 +214,55 @@ def test_no_model_is_refused(method: Callable[..., Tensor]):
 def test_a_base_is_needed(method: Callable[..., Tensor]):
     with pytest.raises(Error, match=f"{method.__name__} needs base="):
         getattr(ws.merge, method.__name__)([{"w": torch.ones(2)}])
+
+
+def test_passthrough():
+    model = torch.tensor([[1.0, -2.5, 0.0]])
+    assert torch.equal(passthrough(model), model[0])
+    assert torch.equal(passthrough(model, scale=None), model[0])
+    assert passthrough(model, scale=-2.0).tolist() == [-2, 5, 0]
+    for count in (0, 2):
+        with pytest.raises(Error, match=f"passthrough needs exactly 1 model, got {count}"):
+            passthrough(torch.ones(count, 3))
+    with pytest.raises(Error, match="passthrough needs exactly 1 model, got 2"):
+        ws.merge.passthrough([{"w": torch.ones(1)}] * 2)
+    with pytest.raises(Error, match="passthrough: scale must be a finite number, got inf"):
+        passthrough(model, scale=math.inf)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_passthrough_keeps_every_bit(dtype: torch.dtype):
+    weight = torch.randn(50, generator=torch.Generator().manual_seed(0)).to(dtype)
+    weight[:2] = torch.tensor([-0.0, torch.finfo(dtype).tiny])
+    found = ws.merge.passthrough([{"w": weight}])["w"]
+    assert torch.equal(found.view(torch.uint8), weight.view(torch.uint8))
+
+
+@pytest.mark.parametrize("options", [{}, {"r": 0.5, "alpha": 3.0}, {"r": 2.0, "alpha": 0.4, "epsilon": 0.3}], ids=str)
+def test_ramplus_tl_by_a_loop(options: dict[str, Any]):
+    r, alpha, epsilon = options.get("r", 0.1), options.get("alpha", 0.2), options.get("epsilon", 1e-5)
+    generator = torch.Generator().manual_seed(3)
+    base = torch.randn(200, generator=generator)
+    deltas = torch.randn(3, 200, generator=generator) * (torch.rand(3, 200, generator=generator) > 0.7)
+    models = base + deltas
+    changes = (models.double() - base.double()).tolist()
+    who = [[i for i in range(3) if abs(changes[i][j]) > epsilon] for j in range(200)]
+    shared = [sum(i in one and len(one) > 1 for one in who) for i in range(3)]
+    alone = [sum(one == [i] for one in who) for i in range(3)]
+    factor = [1 + r * min(shared[i] / alone[i], alpha) for i in range(3)]
+    expected = []
+    for j, one in enumerate(who):
+        changed = [changes[i][j] for i in one]
+        move = factor[one[0]] * changed[0] if len(one) == 1 else sum(changed) / max(len(changed), 1)
+        expected.append(float(base[j]) + move)
+    assert min(alone) > 0
+    torch.testing.assert_close(ramplus_tl(models, base, **options), torch.tensor(expected))
+    assert torch.equal(ws.merge.ramplus_tl([{"w": m} for m in models], {"w": base}, **options)["w"],
+                       ramplus_tl(models, base, **options))  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["r", "alpha", "epsilon"])
+def test_ramplus_tl_refuses(name: str):
+    given: dict[str, Any] = {name: -1.0}
+    with pytest.raises(Error, match=f"ramplus_tl: {name} must be a finite number of at least 0, got -1"):
+        ramplus_tl(torch.ones(1, 2), torch.ones(2), **given)

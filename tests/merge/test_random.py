@@ -9,7 +9,8 @@ import torch
 
 import weightsmith as ws
 from weightsmith.errors import Error
-from weightsmith.merge._drop import by_rank, uniform
+from weightsmith.merge import _drop
+from weightsmith.merge._drop import below, by_rank, uniform
 from weightsmith.merge._random import dare_linear, dare_ties, della, della_linear
 from weightsmith.merge._task_vectors import task_arithmetic, ties
 
@@ -130,10 +131,20 @@ def test_refusals(name: str):
         method(models, base, density=-0.5)
     with pytest.raises(Error, match="density needs one number for each of the 2 models, got 3"):
         method(models, base, density=[0.5, 0.5, 0.5])
-    with pytest.raises(Error, match="dialect must be 'mergekit' or 'paper', got 'other'"):
+    with pytest.raises(Error, match="dialect must be 'mergekit', 'paper', 'peft' or 'count', got 'other'"):
         method(models, base, dialect="other")
     with pytest.raises(Error, match=f"{name} has no option 'key'"):
         method(models, base, key="w")
     if name.startswith("della"):
         with pytest.raises(Error, match=r"epsilon must be smaller than density and 1 - density, got 0\.15"):
             method(models, base, density=0.1)
+
+
+def test_below_is_exact_at_the_edge_of_a_number():
+    """The 8 bits that a float32 does not hold neither add to a number nor take from it."""
+    drawn = torch.cat([torch.from_numpy(bits.astype("i8")) for _, bits in _drop._bits(5000, 0, 0, "w")])
+    for low in (0, 255):
+        place = int(((drawn & 255) == low).nonzero()[0])
+        number = float(drawn[place] >> 8) / 2**24
+        assert not below(number, 5000, start=0, seed=0, key="w")[place]
+        assert below(number + 2**-24, 5000, start=0, seed=0, key="w")[place]

@@ -288,3 +288,48 @@ def test_one_model_is_its_own_mean(method: Callable[..., Tensor]):
     torch.testing.assert_close(method(torch.tensor([[1.0, -2.0]])), torch.tensor([1.0, -2.0]))
     with pytest.raises(Error, match=f"{method.__name__} needs at least 1 model, got 0"):
         method(torch.ones(0, 2))
+
+
+# Around a base, and of the parts of a tensor
+
+
+@pytest.mark.parametrize("method", [nuslerp, multislerp])
+def test_around_a_base_it_is_the_merge_of_the_task_vectors(method: Callable[..., Tensor]):
+    models, base = drawn(3, 6, 7), drawn(1, 6, 7, seed=5)[0]
+    for weight in ([1.0, 1.0, 1.0], [0.2, 1.5, 0.7]):
+        expected = base + method(models - base, weight=weight)
+        torch.testing.assert_close(method(models, base, weight=weight), expected)
+    assert not torch.allclose(method(models, base), method(models), atol=1e-3)
+
+
+@pytest.mark.parametrize("with_base", [True, False])
+@pytest.mark.parametrize("row_wise", [True, False])
+def test_nuslerp_of_rows_and_columns(row_wise: bool, with_base: bool):
+    models, base = drawn(2, 5, 6), drawn(1, 5, 6, seed=5)[0]
+    models[1, 2] = models[0, 2]  # one row the same in both: no angle
+    models[:, :, 3] = base[:, 3]  # one column of zeros, seen from the base
+    origin = base if with_base else torch.zeros_like(base)
+    found = nuslerp(models, base if with_base else None, weight=[1, 3], flatten=False, row_wise=row_wise) - origin
+    first, second = (models - origin).double().transpose(1, 2) if row_wise else (models - origin).double()
+    for i, row in enumerate(found.T if row_wise else found):
+        a, b = first[i].tolist(), second[i].tolist()
+        same = a == b or not any(a) or not any(b)
+        check(row, mixed(0.25, a, 0.75, b) if same else arc(a, b, 0.75))
+
+
+@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.parametrize("shape", [(70,), (20, 9), (4, 5, 6), ()])
+@pytest.mark.parametrize("row_wise", [True, False])
+@pytest.mark.parametrize("with_base", [True, False])
+def test_nuslerp_of_parts_streams(with_base: bool, row_wise: bool, shape: tuple[int, ...]):
+    models, base = drawn(3, *shape), drawn(1, *shape, seed=5)[0]
+    given: list[Any] = [models, *([base] if with_base else [])]
+    expected = nuslerp(*given, weight=[1, 2, 3], flatten=False, row_wise=row_wise)
+    named = [{"w": model} for model in models], {"w": base} if with_base else None
+    found = ws.merge.nuslerp(*named, weight=[1, 2, 3], flatten=False, row_wise=row_wise)["w"]
+    torch.testing.assert_close(found, expected)
+
+
+def test_nuslerp_of_parts_refuses_what_the_whole_refuses():
+    with pytest.raises(Error, match=r"the first weights of .* sum to zero; put the models in another order"):
+        nuslerp(drawn(3, 4, 4), weight=[1, -1, 1], flatten=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -50,6 +51,53 @@ def test_model_stock(agree: float, count: int, shape: tuple[int, ...]):
     else:  # ours holds the ratio in [0, 1]; theirs goes beyond the base
         torch.testing.assert_close(ours, base)
         assert (theirs - base).norm() > 0.01
+
+
+NAMES = {"linear": "mean"}
+"""Their name -> ours, where they differ."""
+
+OPTIONS = {
+    "lambda": "amount",
+    "normalize_weights": "normalize",
+    "nuslerp_flatten": "flatten",
+    "nuslerp_row_wise": "row_wise",
+}
+
+LEFT_OUT = {"int8_mask"}
+"""What changes no result, and what task arithmetic takes without using it."""
+
+
+def test_every_method_of_theirs_is_here_with_all_its_parameters():
+    from mergekit.merge_methods.registry import registered_methods
+
+    assert len(registered_methods()) == 20
+    for method in registered_methods():
+        ours = ws.merge.METHODS[NAMES.get(method.spec.name, method.spec.name)]
+        taken = set(inspect.signature(ours).parameters)
+        wanted = {OPTIONS.get(p.name, p.name) for p in method.spec.parameters if p.name not in LEFT_OUT}
+        wanted -= {"density", "rescale"} if method.spec.name == "task_arithmetic" else set()
+        assert wanted <= taken, method.spec.name
+
+
+@pytest.mark.parametrize("shape", SHAPES[:2], ids=str)
+@pytest.mark.parametrize("agree", [1.5, 4.0])
+def test_model_stock_filter_wise(agree: float, shape: tuple[int, ...]):
+    base, *models = tensors(3, shape, agree)
+    theirs = mergekit.merge_tensors([base, *models], "model_stock", base_index=0, parameters={"filter_wise": True})
+    ours = ws.merge.model_stock([{"w": model} for model in models], {"w": base}, filter_wise=True)["w"]
+    cosines = [float(cosine) for cosine in mean_cosines(base, models)]
+    kept = torch.tensor([cosine >= 0 for cosine in cosines])
+    rows = ours.reshape(len(kept), -1), theirs.reshape(len(kept), -1)
+    assert kept.any()
+    torch.testing.assert_close(rows[0][kept], rows[1][kept], rtol=1e-4, atol=1e-5)
+
+
+def mean_cosines(base: Tensor, models: list[Tensor]) -> Tensor:
+    """By row the mean cosine between task vectors; a vector is one row."""
+    deltas = torch.stack(models) - base
+    rows = deltas.reshape(len(models), -1, deltas.shape[-1])
+    first, second = torch.triu_indices(len(models), len(models), offset=1)
+    return torch.nn.functional.cosine_similarity(rows[first], rows[second], dim=-1).mean(0)
 
 
 def test_opposed_task_vectors_are_where_we_depart():

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 import weightsmith as ws
-from weightsmith.weights import Weights
 
 mergekit = pytest.importorskip(
     "mergekit.merge_methods", reason='needs mergekit: pip install "weightsmith[peers]"', exc_type=ImportError
@@ -58,12 +57,42 @@ def test_nuslerp(weight: list[float], shape: tuple[int, ...]):
 
 
 @shapes
-def test_nuslerp_around_a_base(shape: tuple[int, ...]):
+@pytest.mark.parametrize("flatten", [True, False])
+@pytest.mark.parametrize("row_wise", [True, False])
+@pytest.mark.parametrize("with_base", [True, False])
+def test_nuslerp_of_parts(with_base: bool, row_wise: bool, flatten: bool, shape: tuple[int, ...]):
     base, *models = tensors(2, shape)
-    origin = Weights.of({"w": base})
-    deltas = [Weights.of({"w": model}) - origin for model in models]
-    found = (origin + ws.merge.nuslerp(deltas, weight=[0.2, 1.5]))["w"]
-    close(found, theirs("nuslerp", [base, *models], base_index=0, weight=[0.2, 1.5]))
+    inputs = [base, *models] if with_base else models
+    options: dict[str, Any] = {"nuslerp_flatten": flatten, "nuslerp_row_wise": row_wise}
+    expected = theirs("nuslerp", inputs, base_index=0 if with_base else None, weight=[0.2, 1.5], **options)
+    origin = base if with_base else None
+    found = ours("nuslerp", models, origin, weight=[0.2, 1.5], flatten=flatten, row_wise=row_wise)
+    # Vectors of two elements are nearly opposed now and then, and theirs computes the angle in float32.
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+@shapes
+def test_multislerp_around_a_base(shape: tuple[int, ...]):
+    base, *models = tensors(3, shape)
+    weight = [0.2, 1.5, 0.7]
+    close(ours("multislerp", models, base, weight=weight), theirs("multislerp", [base, *models], 0, weight=weight))
+
+
+@shapes
+@pytest.mark.parametrize("scale", [None, 1.0, 0.3, -2.0])
+def test_passthrough(scale: float | None, shape: tuple[int, ...]):
+    (model,) = tensors(0, shape)
+    close(ours("passthrough", [model], scale=scale), theirs("passthrough", [model], scale=[scale]))
+
+
+@shapes
+@pytest.mark.parametrize("options", [{}, {"r": 0.5, "alpha": 3.0}, {"r": 2.0, "alpha": 0.4, "epsilon": 0.5}], ids=str)
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_ramplus_tl(count: int, options: dict[str, Any], shape: tuple[int, ...]):
+    base, *models = tensors(count, shape)
+    generator = torch.Generator().manual_seed(0)
+    models = [torch.where(torch.rand(shape, generator=generator) > 0.4, model, base) for model in models]
+    close(ours("ramplus_tl", models, base, **options), theirs("ramplus_tl", [base, *models], 0, **options))
 
 
 @shapes

@@ -340,3 +340,17 @@ def test_settings(recipe: Callable[[str], Path]):
         recipes.read(path, ["pruned.sparsity"])
     with pytest.raises(Error, match=r"--set pruned\.sparsity:1:1: .*sparsity"):
         recipes.plan(recipes.read(path, ["pruned.sparsity=7"]))
+
+
+def test_a_value_from_a_file_of_ones_own(recipe: Callable[[str], Path], models: Path):
+    (models / "mine.py").write_text("def shares():\n    return [3.0, 1.0]\n")
+    text = """
+    inputs: {a: a, b: b}
+    steps: {soup: {method: merge.mean, models: [a, b], weight: {python: "mine.py:shares"}}}
+    save: {out: soup}
+    """
+    recipes.run(recipes.read(recipe(text)))
+    expected = ws.merge.mean(["a", "b"], weight=[3, 1])
+    assert all(torch.equal(ws.open("out")[name], expected[name]) for name in expected)
+    with pytest.raises(Error, match=r"recipe\.yaml:3:\d+: .*has no 'share'"):
+        recipes.plan(recipes.read(recipe(text.replace("shares", "share").replace("out", "out2"))))

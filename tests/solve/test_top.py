@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from weightsmith.solve import EVERYTHING, NOTHING, Cut, cut_at, cuts_at, kept, keys
+from weightsmith.solve import EVERYTHING, NOTHING, Cut, _top, cut_at, cuts_at, kept, keys, shrink
 from weightsmith.weights import Held, Inputs, Pass, Reduction, _lazy, in_memory
 
 AWKWARD = [
@@ -205,16 +205,22 @@ def test_every_row_has_a_cut_of_its_own(k: int, n: int, levels: int, seed: int, 
 
 
 @pytest.mark.parametrize(
-    ("values", "keep", "readings"),
+    ("values", "keep", "gathered", "readings"),
     [
-        ([3.0, 1.0, 2.0, 4.0], 2, 2),
-        ([3.0, 3.0, 2.0, 4.0], 3, 2),
-        ([3.0, 3.0, 2.0, 4.0], 2, 4),
-        ([3.0, 3.0], 2, 1),
-        ([3.0, 3.0], 0, 1),
+        ([3.0, 1.0, 2.0, 4.0], 2, 9, 2),
+        ([3.0, 3.0, 2.0, 4.0], 2, 9, 2),
+        ([3.0, 3.0, 2.0, 4.0], 2, 2, 2),
+        ([3.0, 3.0, 2.0, 4.0], 2, 1, 4),
+        ([3.0, 1.0, 2.0, 4.0], 2, 0, 2),
+        ([3.0, 3.0, 2.0, 4.0], 3, 0, 2),
+        ([3.0, 3.0], 2, 0, 1),
+        ([3.0, 3.0], 0, 0, 1),
     ],
 )
-def test_it_reads_no_more_than_it_needs(values: list[float], keep: int, readings: int):
+def test_it_reads_no_more_than_it_needs(
+    values: list[float], keep: int, gathered: int, readings: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(_top, "GATHERED", gathered)
     found = in_memory(counted(cuts_at(rows_of, lambda k, n: [keep])), torch.tensor(values))
     assert found[1] == readings
 
@@ -224,3 +230,49 @@ def test_everything_and_nothing():
     for start in (0, 2**40):
         assert kept(score, EVERYTHING, start).all()
         assert not kept(score, NOTHING, start).any()
+
+
+# Magnitudes: bits in the order of values, and arithmetic in place of masks
+
+
+def sizes_of(values: Tensor) -> Tensor:
+    return values.abs().reshape(1, -1)
+
+
+@pytest.mark.parametrize("gathered", [0, 2**21])
+@given(values=scores, keep=st.integers(0, 40), split=st.integers(0, 40))
+def test_shrink_keeps_the_largest_magnitudes(gathered: int, values: list[float], keep: int, split: int):
+    score = torch.tensor(values, dtype=torch.float32)
+    keep, split = min(keep, len(values)), min(split, len(values))
+    before = _top.GATHERED
+    try:
+        _top.GATHERED = gathered
+        (cut,) = in_memory(cuts_at(sizes_of, lambda k, n: [keep], positive=True), score)
+    finally:
+        _top.GATHERED = before
+    found = torch.cat([shrink(score[:split].clone(), cut), shrink(score[split:].clone(), cut, split)])
+    mask = brute_force(score.abs(), keep)
+    expected = torch.where(mask, score, 0.0)
+    assert torch.equal(found.nan_to_num(7, 8, 9), expected.nan_to_num(7, 8, 9))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_shrink_in_other_dtypes(dtype: torch.dtype):
+    values = torch.randint(-3, 4, (50,), generator=torch.Generator().manual_seed(0)).to(dtype)
+    (cut,) = in_memory(cuts_at(sizes_of, lambda k, n: [20], positive=True), values)
+    assert torch.equal(shrink(values.clone(), cut), torch.where(brute_force(values.abs().float(), 20), values, 0))
+
+
+@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.parametrize("gathered", [0, 2**21])
+@pytest.mark.parametrize("positive", [True, False])
+def test_cuts_of_several_tensors_together(gathered: int, positive: bool, monkeypatch: pytest.MonkeyPatch):
+    """One threshold over all of them, and among equals the first of the first tensor."""
+    monkeypatch.setattr(_top, "GATHERED", gathered)
+    values = torch.randint(0, 5, (300,), generator=torch.Generator().manual_seed(1)).float()
+    parts = [values[:70], values[70:75], values[75:]]
+    items = [Inputs([Held(part.clone())], "element") for part in parts]
+    for keep in (1, 60, 61, 150, 299):
+        (cut,) = Reduction(items, partial(cuts_at, sizes_of, lambda k, n, keep=keep: [keep], positive)).value()
+        found = torch.cat([kept(part, cut, start) for part, start in zip(parts, (0, 70, 75), strict=True)])
+        assert torch.equal(found, brute_force(values, keep))

@@ -103,6 +103,18 @@ def test_a_file_and_a_folder(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*.partial"))
 
 
+@pytest.mark.parametrize("sizes", [[5], [5, 5], [0, 50], [50, 0], [50], [10, 10], [10, 11], [0, 0], [7, 7, 7]])
+def test_shards_are_laid_out_once(sizes: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    real = _save._safetensors.layout
+    monkeypatch.setattr(_save._safetensors, "layout", lambda *given: calls.append(1) or real(*given))
+    weights = Weights.of({f"t{i}": torch.zeros(size, dtype=torch.int8) for i, size in enumerate(sizes)})
+    layout = _save.laid_out(weights, "safetensors", "model.safetensors", 20)
+    assert len(calls) == 1
+    for file in layout.files:  # an index carries the lineage where there is one
+        assert (b"weightsmith.lineage" in file.fixed[0][1]) == (len(layout.files) == 1)
+
+
 def test_a_taken_place_is_not_touched(tmp_path: Path) -> None:
     weights = Weights.of(some())
     (tmp_path / "a.safetensors").write_text("mine")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from weightsmith.errors import Error
-from weightsmith.lifting import checked_options, dressed
+from weightsmith.lifting import checked_options, dressed, options_of
 from weightsmith.weights import Step, Weights, open, same_names, working_dtype
 
 Source = str | os.PathLike[str] | Mapping[str, Any] | nn.Module
@@ -98,13 +98,18 @@ class Average:
         self.state, info = step(self.kernel, self.state, model, **self.options)
         return info
 
-    def weights(self) -> Weights:
-        """The average as `Weights`, in the model's dtypes."""
+    def weights(self, dtype: torch.dtype | str | None = None) -> Weights:
+        """The average as `Weights`.
+
+        Args:
+            dtype: of the floats; those of the model by default. ``"float32"`` keeps all that was added up.
+        """
         if self.state is None:
             raise Error("there is no average yet: call update(model) first")
         dtypes = self.state.dtypes
-        found = Weights.of(self.state.kept).cast(lambda name: dtypes[name])
-        found.lineage = Step(f"average.{self.kernel.__name__}", {"count": self.state.count, **self.options})
+        found = Weights.of(self.state.kept).cast((lambda name: dtypes[name]) if dtype is None else dtype)
+        said = {"count": self.state.count, **options_of(self.kernel), **self.options}
+        found.lineage = Step(f"average.{self.kernel.__name__}", said)
         return found
 
     def state_dict(self) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from weightsmith.errors import Error, did_you_mean
 
 SECTIONS = {
     "Look": ("show", "diff", "verify"),
-    "Change": ("run", "explain", "convert"),
+    "Change": ("run", "explain", "convert", "average", "adapt"),
     "Know": ("methods", "claims"),
     "Help": ("demo", "completion"),
 }

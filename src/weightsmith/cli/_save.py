@@ -54,10 +54,27 @@ def save_options(without: Collection[str] = ()) -> list[click.Option]:
             ["--resume"], is_flag=True, section=_SECTION, help="Go on with the same command where it was interrupted."
         ),
         Option(
-            ["--threads"], type=click.IntRange(1), metavar="N", section=_SECTION, help="Workers.  [default: one a core]"
+            ["--threads"],
+            type=click.IntRange(1),
+            metavar="N",
+            section=_SECTION,
+            help="How many.  [default: one a core]",
         ),
         Option(
             ["--memory"], metavar="SIZE", section=_SECTION, help="Bytes in flight at most.  [default: 256MB a thread]"
+        ),
+        Option(
+            ["--executor"],
+            type=click.Choice(["threads", "processes", "ray"]),
+            section=_SECTION,
+            help="Who computes; the bytes are the same.  [default: threads]",
+        ),
+        Option(
+            ["--workers"],
+            type=click.IntRange(1),
+            metavar="N",
+            section=_SECTION,
+            help="Processes, or actors of the Ray cluster.  [default: one a core]",
         ),
         Option(["--json", "as_json"], is_flag=True, help="Print one JSON document and nothing else."),
     ]
@@ -79,6 +96,8 @@ def save(weights: Weights, given: dict[str, Any]) -> None:
             resume=given.get("resume", False),
             threads=given.get("threads"),
             memory=given.get("memory"),
+            executor=given.get("executor") or "threads",
+            workers=given.get("workers"),
         )
     except KeyboardInterrupt:
         if os.path.isdir(place.rstrip("/") + ".partial"):

@@ -7,9 +7,17 @@ masks) come from the base, or else from the first model.
 """
 
 from weightsmith.card import table
-from weightsmith.merge import _data, _interpolate, _mean, _model_stock, _pick, _random, _spherical, _task_vectors
+from weightsmith.merge import _data, _interpolate, _mean, _model_stock, _pick, _random, _spherical, _task_vectors, moe
+from weightsmith.merge._chat_template import chat_template
 from weightsmith.merge._interpolate import backward_compatible
+from weightsmith.merge._learned import Tinted, adamerging, tint
+from weightsmith.merge._learned_soup import learned_soup
+from weightsmith.merge._moments import match_moments
+from weightsmith.merge._signatures import patch, signature
 from weightsmith.merge._soups import greedy_soup
+from weightsmith.merge._sparse_soup import sparse_soup
+from weightsmith.merge._stack import stack
+from weightsmith.merge._vocabulary import share_vocabulary
 from weightsmith.merge.room import Merge, lift
 
 mean: Merge = lift(_mean.mean)
@@ -29,7 +37,9 @@ karcher: Merge = lift(_spherical.karcher)
 nearswap: Merge = lift(_pick.nearswap)
 sce: Merge = lift(_pick.sce)
 ram: Merge = lift(_pick.ram)
+ramplus_tl: Merge = lift(_pick.ramplus_tl)
 arcee_fusion: Merge = lift(_pick.arcee_fusion)
+passthrough: Merge = lift(_pick.passthrough)
 wise_ft: Merge = lift(_interpolate.wise_ft)
 fisher: Merge = lift(_data.fisher)
 gradient_matching: Merge = lift(_data.gradient_matching)
@@ -39,6 +49,7 @@ METHODS = table(
     mean,
     model_stock,
     greedy_soup,
+    sparse_soup,
     task_arithmetic,
     ties,
     dare_linear,
@@ -54,21 +65,33 @@ METHODS = table(
     nearswap,
     sce,
     ram,
+    ramplus_tl,
     arcee_fusion,
+    passthrough,
+    stack,
     wise_ft,
     backward_compatible,
+    signature,
+    patch,
+    match_moments,
     fisher,
     gradient_matching,
     regmean,
+    adamerging,
+    tint,
+    learned_soup,
 )
 
 __all__ = [
     "METHODS",
     "Merge",
+    "Tinted",
+    "adamerging",
     "arcee_fusion",
     "backward_compatible",
     "breadcrumbs",
     "breadcrumbs_ties",
+    "chat_template",
     "dare_linear",
     "dare_ties",
     "della",
@@ -77,17 +100,28 @@ __all__ = [
     "gradient_matching",
     "greedy_soup",
     "karcher",
+    "learned_soup",
     "lift",
+    "match_moments",
     "mean",
     "model_stock",
+    "moe",
     "multislerp",
     "nearswap",
     "nuslerp",
+    "passthrough",
+    "patch",
     "ram",
+    "ramplus_tl",
     "regmean",
     "sce",
+    "share_vocabulary",
+    "signature",
     "slerp",
+    "sparse_soup",
+    "stack",
     "task_arithmetic",
     "ties",
+    "tint",
     "wise_ft",
 ]

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+from collections.abc import Iterator
 from functools import partial
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from weightsmith.errors import Error
-from weightsmith.merge._trim import Numbers, Trim, Trimming, fractions, scaled
+from weightsmith.merge._trim import Dialect, Numbers, Trim, Trimming, fractions, known, scaled
 
-Dialect = Literal["mergekit", "paper"]
+_PIECE = 2**14
+"""Numbers that are drawn at once."""
 
 PER_COUNT = 8
 """Numbers of 32 bits that one step of the Philox counter makes."""
@@ -28,8 +30,9 @@ def keep_random(
     density: Numbers = 0.5, rescale: bool = True, dialect: Dialect = "mergekit", seed: int = 0, key: str = ""
 ) -> Trimming:
     """Every element with the probability ``density``."""
-    trim = Trim(partial(_drawn, density=density, inverse=rescale and _is_paper(dialect), seed=seed, key=key))
-    return (yield from scaled(trim, rescale and not _is_paper(dialect)))
+    inverse = rescale and by_probability(dialect)
+    trim = Trim(partial(_drawn, density=density, inverse=inverse, seed=seed, key=key))
+    return (yield from scaled(trim, rescale and not inverse))
 
 
 def keep_by_rank(
@@ -43,15 +46,20 @@ def keep_by_rank(
 ) -> Trimming:
     """Every element with a probability that grows with its rank in its row, for tensors of one shape."""
     row = shape[1:].numel() if len(shape) > 1 else shape.numel()
-    inverse = rescale and _is_paper(dialect)
-    factors = partial(_drawn, density=density, inverse=inverse, seed=seed, key=key, epsilon=epsilon, row=row)
-    return (yield from scaled(Trim(factors), rescale and not _is_paper(dialect)))
+    inverse = rescale and by_probability(dialect)
+    cut = partial(_drawn, density=density, inverse=inverse, seed=seed, key=key, epsilon=epsilon, row=row)
+    return (yield from scaled(Trim(cut), rescale and not inverse))
 
 
-def _is_paper(dialect: Dialect) -> bool:
-    if dialect not in ("mergekit", "paper"):
-        raise Error(f"dialect must be 'mergekit' or 'paper', got {dialect!r}")
-    return dialect == "paper"
+def by_probability(dialect: Dialect) -> bool:
+    """Whether the rest is divided by the probability that it is kept, and not brought to the sum that there was."""
+    known(dialect, "mergekit", "paper", "peft", "count")
+    return dialect in ("paper", "peft")
+
+
+def election(dialect: Dialect) -> Dialect:
+    """Whose way of voting goes with a way of dropping: the papers on dropping have none of their own."""
+    return "mergekit" if dialect == "paper" else dialect
 
 
 def _drawn(
@@ -65,15 +73,19 @@ def _drawn(
     row: int = 0,
     start: int,
 ) -> Tensor:
-    """1 where an element is kept, or with ``inverse`` one over the probability that it is; else 0."""
+    """In place: as it was where an element is kept, or with ``inverse`` over the probability that it is; else 0."""
     count, numbers = len(deltas), deltas.shape[1]
-    found = []
     spreads = fractions("epsilon", epsilon, count)
     for model, (share, spread) in enumerate(zip(fractions("density", density, count), spreads, strict=True)):
-        chance = by_rank(deltas[model].abs(), share, spread, row) if row else deltas.new_tensor(share)
-        mask = uniform(numbers, start=start, seed=seed, key=f"{model}/{key}").to(deltas.device) < chance
-        found.append(mask / chance.clamp(min=torch.finfo(chance.dtype).tiny) if inverse else mask)
-    return torch.stack(found)
+        delta, key_of_model = deltas[model], f"{model}/{key}"
+        chance = by_rank(delta.abs(), share, spread, row) if row else delta.new_tensor(share)
+        if row:
+            mask = uniform(numbers, start=start, seed=seed, key=key_of_model).to(delta.device) < chance
+        else:
+            mask = below(float(chance), numbers, start=start, seed=seed, key=key_of_model).to(delta.device)
+        factor = mask.view(torch.uint8).to(delta.dtype)  # by way of bytes: torch turns booleans to floats one by one
+        delta.mul_(factor.div_(chance.clamp(min=torch.finfo(chance.dtype).tiny)) if inverse else factor)
+    return deltas
 
 
 def by_rank(size: Tensor, density: float, epsilon: float, row: int) -> Tensor:
@@ -94,8 +106,35 @@ def uniform(count: int, *, start: int, seed: int, key: str) -> Tensor:
     >>> torch.equal(uniform(5, start=3, seed=0, key="w"), uniform(8, start=0, seed=0, key="w")[3:])
     True
     """
+    found = np.empty(count, dtype=np.float32)
+    for place, bits in _bits(count, start, seed, key):
+        np.multiply(bits >> 8, np.float32(2**-24), out=found[place : place + len(bits)], casting="same_kind")
+    return torch.from_numpy(found)
+
+
+def below(chance: float, count: int, *, start: int, seed: int, key: str) -> Tensor:
+    """``uniform(...) < chance``, without making floats of the numbers first.
+
+    >>> torch.equal(below(0.3, 9, start=2, seed=1, key="w"), uniform(9, start=2, seed=1, key="w") < 0.3)
+    True
+    """
+    limit = math.ceil(chance * 2**24)  # of the 24 bits that a float32 holds
+    if not 0 < limit < 2**24:
+        return torch.full((count,), limit > 0)
+    found = np.empty(count, dtype=np.bool_)
+    for place, bits in _bits(count, start, seed, key):
+        np.less(bits, np.uint32(limit << 8), out=found[place : place + len(bits)])
+    return torch.from_numpy(found)
+
+
+def _bits(count: int, start: int, seed: int, key: str) -> Iterator[tuple[int, np.ndarray]]:
+    """The row of 32-bit numbers from ``start`` on, in pieces that stay in the cache, each with its place."""
     named = hashlib.blake2b(json.dumps([int(seed), key]).encode(), digest_size=16).digest()
     counter, skipped = divmod(start, PER_COUNT)
     source = np.random.Philox(key=int.from_bytes(named, "little"), counter=counter)
-    bits = source.random_raw((skipped + count + 1) // 2).astype("<u8", copy=False).view("<u4")[skipped:][:count]
-    return torch.from_numpy((bits >> 8).astype(np.float32) * np.float32(2**-24))  # float32 holds 24 bits
+    place = -skipped
+    while place < count:
+        bits = source.random_raw(_PIECE // 2).astype("<u8", copy=False).view("<u4")
+        first = max(-place, 0)
+        yield place + first, bits[first : count - place]
+        place += _PIECE

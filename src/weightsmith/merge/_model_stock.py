@@ -7,6 +7,9 @@ towards their mean.
 
 from __future__ import annotations
 
+from typing import Literal
+
+import torch
 from torch import Tensor
 
 from weightsmith.card import card
@@ -19,6 +22,11 @@ def shell_ratio(gram: Tensor) -> Tensor:
     return count * cosine / (1 + (count - 1) * cosine)
 
 
+def what_turns(shape: tuple[int, ...], *, filter_wise: bool = False) -> Literal["element", "row"]:
+    """What `model_stock` must see at once, beside the inner products."""
+    return "row" if filter_wise and len(shape) > 1 else "element"
+
+
 @card(
     paper="Jang, Yun, Han 2024, 'Model Stock: All we need is just a few fine-tuned models' (Equation 7)",
     covers=("model-stock",),
@@ -26,11 +34,13 @@ def shell_ratio(gram: Tensor) -> Tensor:
     unit="element",
     reduce=delta_gram,
     solve=shell_ratio,
+    unit_for=what_turns,
     laws=("model_order", "agreement", "translation", "scale", "rotation"),
     claim="the stock of two fine-tunes is at least as good under shift as their uniform soup",
-    departs="the ratio is held in [0, 1]: opposed task vectors give the base, not an overshoot beyond it",
+    departs="the ratio is held in [0, 1]: opposed task vectors give the base, not an overshoot beyond it; "
+    "filter_wise is by output for convolutions too, where mergekit's is by row of a kernel",
 )
-def model_stock(models: Tensor, base: Tensor, *, solved: Tensor | None = None) -> Tensor:
+def model_stock(models: Tensor, base: Tensor, *, filter_wise: bool = False, solved: Tensor | None = None) -> Tensor:
     r"""Weights on the line from ``base`` to the mean of ``models``.
 
     .. math:: t = \frac{k\,c}{1 + (k-1)\,c}, \qquad w = t\,\bar w + (1 - t)\,w_0
@@ -40,6 +50,7 @@ def model_stock(models: Tensor, base: Tensor, *, solved: Tensor | None = None) -
     Args:
         models: ``[k, *shape]``, k >= 2 fine-tunes of ``base``.
         base: ``[*shape]``, the weights they were all started from.
+        filter_wise: one :math:`t` for each output (index of the first axis), not one for the tensor.
         solved: :math:`t`, where it was found from all chunks of the tensor.
 
     Returns:
@@ -55,6 +66,11 @@ def model_stock(models: Tensor, base: Tensor, *, solved: Tensor | None = None) -
     tensor([3., 0.])
     """
     at_least(2, models, "model_stock")
-    ratio = shell_ratio(delta_gram(models, base)) if solved is None else solved
     wider, start = wide(models, base)
+    if filter_wise and base.dim() > 1:
+        deltas = (wider - start).flatten(2).movedim(0, 1)
+        ratios = torch.stack([shell_ratio(gram) for gram in (deltas @ deltas.mT).double()]) if len(base) else start
+        ratios = ratios.to(start.dtype).reshape(-1, *[1] * (base.dim() - 1))
+        return start.lerp(wider.mean(dim=0), ratios).to(models.dtype)
+    ratio = shell_ratio(delta_gram(models, base)) if solved is None else solved
     return start.lerp(wider.mean(dim=0), float(ratio)).to(models.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
 
 import torch
@@ -22,6 +23,26 @@ def wide(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in one dtype that is wide enough to compute in: float32, or float64 if one of them is."""
     dtype = promote(*(working_dtype(tensor.dtype) for tensor in tensors))
     return tuple(tensor.to(dtype) for tensor in tensors)
+
+
+_own = threading.local()
+
+_KEPT = 2**23
+"""Bytes up to which a workspace is kept: chunks are smaller, whole tensors may be larger."""
+
+
+def workspace(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An uninitialised tensor that nobody keeps: this thread's next one of the dtype is in the same place.
+
+    Fresh memory for every chunk costs more, in page faults, than the arithmetic on it.
+    """
+    size = math.prod(shape)
+    if device.type != "cpu" or size * dtype.itemsize > _KEPT:
+        return torch.empty(tuple(shape), dtype=dtype, device=device)
+    kept: dict[torch.dtype, Tensor] = _own.__dict__.setdefault("buffers", {})
+    if dtype not in kept or kept[dtype].numel() < size:
+        kept[dtype] = torch.empty(size, dtype=dtype)
+    return kept[dtype][:size].view(tuple(shape))
 
 
 def shares(weight: float | Sequence[float] | None, count: int, normalize: bool) -> list[float]:

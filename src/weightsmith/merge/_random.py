@@ -13,9 +13,9 @@ from typing import Literal
 from torch import Tensor
 
 from weightsmith.card import card
-from weightsmith.merge._drop import keep_by_rank, keep_random
+from weightsmith.merge._drop import election, keep_by_rank, keep_random
 from weightsmith.merge._parts import at_least
-from weightsmith.merge._trim import Trim, elected, linear, moved, trimmed
+from weightsmith.merge._trim import Trim, elected, linear, moved, trim_of, trimmed
 
 
 @card(
@@ -77,7 +77,8 @@ def dare_linear(
     tensor([0., 2., 0., 0., 2.])
     """
     at_least(1, models, "dare_linear")
-    deltas = trimmed(models, base, solved, keep_random(density, rescale, dialect, seed, key), start)
+    trim = trim_of(models, base, solved, keep_random(density, rescale, dialect, seed, key))
+    deltas = trimmed(models, base, trim, start)
     return moved(models, base, linear(deltas, weight, normalize), amount)
 
 
@@ -101,7 +102,7 @@ def dare_ties(
     amount: float = 1.0,
     normalize: bool = False,
     rescale: bool = True,
-    dialect: Literal["mergekit", "paper"] = "mergekit",
+    dialect: Literal["mergekit", "paper", "peft", "count"] = "mergekit",
     seed: int = 0,
     key: str = "",
     solved: Trim | None = None,
@@ -122,7 +123,10 @@ def dare_ties(
         amount: how far to go along the sum, :math:`\lambda`.
         normalize: divide by the weights of those that agree.
         rescale: scale the rest up; else :math:`c_i = 1`.
-        dialect: how it is scaled up, ``"mergekit"`` or ``"paper"``.
+        dialect: how it is scaled up and elected. ``"mergekit"``: by the sums of magnitudes, votes and divisor by
+            weight; ``"paper"``: so, but scaled up by probabilities; ``"peft"``: by probabilities too, votes without
+            weights, and the divisor of a mean is the number of those that agree; ``"count"``: as ``"mergekit"``, but
+            every model has one vote.
         seed: another one drops other elements.
         key: the tensor's name, so that no two tensors drop the same places.
         solved: the scale, where it was found from all chunks of the tensor.
@@ -139,8 +143,9 @@ def dare_ties(
     tensor([-4.,  3.,  4.])
     """
     at_least(1, models, "dare_ties")
-    deltas = trimmed(models, base, solved, keep_random(density, rescale, dialect, seed, key), start)
-    return moved(models, base, elected(deltas, weight, normalize), amount)
+    trim = trim_of(models, base, solved, keep_random(density, rescale, dialect, seed, key))
+    deltas = trimmed(models, base, trim, start)
+    return moved(models, base, elected(deltas, weight, normalize, election(dialect)), amount)
 
 
 @card(
@@ -163,7 +168,7 @@ def della(
     amount: float = 1.0,
     normalize: bool = True,
     rescale: bool = True,
-    dialect: Literal["mergekit", "paper"] = "mergekit",
+    dialect: Literal["mergekit", "paper", "peft", "count"] = "mergekit",
     seed: int = 0,
     key: str = "",
 ) -> Tensor:
@@ -188,7 +193,10 @@ def della(
         amount: how far to go along the mean.
         normalize: divide by the weights of those that agree; else they are added.
         rescale: scale the rest up.
-        dialect: how it is scaled up, ``"mergekit"`` or ``"paper"``.
+        dialect: how it is scaled up and elected. ``"mergekit"``: by the sums of magnitudes, votes and divisor by
+            weight; ``"paper"``: so, but scaled up by probabilities; ``"peft"``: by probabilities too, votes without
+            weights, and the divisor of a mean is the number of those that agree; ``"count"``: as ``"mergekit"``, but
+            every model has one vote.
         seed: another one drops other elements.
         key: the tensor's name, so that no two tensors drop the same places.
 
@@ -204,8 +212,8 @@ def della(
     tensor([-4.0000,  1.5000,  2.0000])
     """
     at_least(1, models, "della")
-    trimming = keep_by_rank(base.shape, density, epsilon, rescale, dialect, seed, key)
-    return moved(models, base, elected(trimmed(models, base, None, trimming, 0), weight, normalize), amount)
+    trim = trim_of(models, base, None, keep_by_rank(base.shape, density, epsilon, rescale, dialect, seed, key))
+    return moved(models, base, elected(trimmed(models, base, trim, 0), weight, normalize, election(dialect)), amount)
 
 
 @card(
@@ -265,5 +273,5 @@ def della_linear(
     tensor([0., 2., 0., 4.])
     """
     at_least(1, models, "della_linear")
-    trimming = keep_by_rank(base.shape, density, epsilon, rescale, dialect, seed, key)
-    return moved(models, base, linear(trimmed(models, base, None, trimming, 0), weight, normalize), amount)
+    trim = trim_of(models, base, None, keep_by_rank(base.shape, density, epsilon, rescale, dialect, seed, key))
+    return moved(models, base, linear(trimmed(models, base, trim, 0), weight, normalize), amount)

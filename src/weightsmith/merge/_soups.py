@@ -53,7 +53,7 @@ def init(models: Sequence[Weights], evaluate: Evaluate) -> tuple[Soup, list[int]
 def step(soup: Soup, candidate: int, models: Sequence[Weights], evaluate: Evaluate) -> tuple[Soup, Tasting]:
     """Taste the soup with one model more; keep it if it is no worse."""
     members = (*soup.members, candidate)
-    mixed = _mean_of([models[index] for index in members])
+    mixed = _mean_of([models[index] for index in members], nonfinite="allow")  # one that diverged scores nothing
     score = evaluate(mixed)
     taken = score >= soup.score
     return (Soup(members, score, mixed) if taken else soup), Tasting(candidate, score, taken)

@@ -11,22 +11,25 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from weightsmith.card import card
 from weightsmith.errors import Error
-from weightsmith.merge._parts import at_least, combined, shares
+from weightsmith.merge._parts import at_least, combined, shares, wide
 from weightsmith.weights import working
 
 STRAIGHT = 1 - 1e-14
 """Above this cosine an arc and its chord are the same in float64."""
 
 
-def gram(models: Tensor) -> Tensor:
-    """Inner products ``[k, k]`` of the models, in float64; additive over chunks."""
+def gram(models: Tensor, base: Tensor | None = None) -> Tensor:
+    """Inner products ``[k, k]`` of models, or of task vectors, in float64; additive over chunks."""
     flat = models.reshape(len(models), models[0].numel()).double()
+    if base is not None:
+        flat = flat - base.reshape(-1).double()
     return flat @ flat.T
 
 
@@ -44,9 +47,7 @@ def nuslerp_coefficients(gram: Tensor, *, weight: float | Sequence[float] | None
     point, total = axes[0], 0.0
     for axis, share in zip(axes, shares(weight, len(gram), normalize=True), strict=True):
         total += share
-        if abs(total) < 1e-12 and share:
-            raise Error(f"nuslerp: the first weights of {weight} sum to zero; put the models in another order")
-        point = _on_arc(point, axis, share / total, gram, STRAIGHT) if share else point
+        point = _on_arc(point, axis, _step(share, total, weight), gram, STRAIGHT) if share else point
     return point
 
 
@@ -105,8 +106,11 @@ def _towards(unit: Tensor, mean: Tensor, gram: Tensor, tol: float) -> Tensor:
     return angle / math.sin(angle) * (unit - cosine * mean)
 
 
-def _spanned(models: Tensor, coefficients: Tensor) -> Tensor:
-    return combined(working(models), coefficients.tolist()).to(models.dtype)
+def _spanned(models: Tensor, coefficients: Tensor, base: Tensor | None = None) -> Tensor:
+    if base is None:
+        return combined(working(models), coefficients.tolist()).to(models.dtype)
+    wider, origin = wide(models, base)
+    return combined(wider - origin, coefficients.tolist()).add_(origin).to(models.dtype)
 
 
 @card(
@@ -155,6 +159,46 @@ def slerp(models: Tensor, *, t: float = 0.5, threshold: float = 0.9995, solved: 
     return _spanned(models, slerp_coefficients(gram(models), t=t, threshold=threshold) if solved is None else solved)
 
 
+def what_turns(
+    shape: tuple[int, ...], *, flatten: bool = True, row_wise: bool = False
+) -> Literal["element", "row", "tensor"]:
+    """What `nuslerp` must see at once, beside the inner products."""
+    if flatten or len(shape) < 2:
+        return "element"
+    return "tensor" if row_wise else "row"
+
+
+def _turned(models: Tensor, base: Tensor | None, weight: float | Sequence[float] | None, axis: int) -> Tensor:
+    """`nuslerp` of the many vectors along an axis, each with its own angle."""
+    given = shares(weight, len(models), normalize=True)
+    wider, *origin = wide(models) if base is None else wide(models, base)
+    points = (wider - origin[0] if origin else wider).double()
+    point, total = points[0], 0.0
+    for other, share in zip(points, given, strict=True):
+        total += share
+        if share:
+            point = _between(point, other, _step(share, total, weight), axis - (axis > 0))
+    return (point.to(wider.dtype) + origin[0] if origin else point).to(models.dtype)
+
+
+def _step(share: float, total: float, weight: float | Sequence[float] | None) -> float:
+    """How far a model draws the point, with a share of the weight so far."""
+    if abs(total) < 1e-12:
+        raise Error(f"nuslerp: the first weights of {weight} sum to zero; put the models in another order")
+    return share / total
+
+
+def _between(start: Tensor, stop: Tensor, t: float, axis: int) -> Tensor:
+    """The points at share ``t`` of the arcs between vectors along ``axis``."""
+    scale = start.norm(dim=axis, keepdim=True) * stop.norm(dim=axis, keepdim=True)
+    cosine = torch.where(scale > 0, (start * stop).sum(dim=axis, keepdim=True) / scale, 1.0).clamp(-1, 1)
+    straight = cosine.abs() > STRAIGHT
+    angle = torch.where(straight, 1.0, cosine).acos().where(~straight, torch.ones_like(cosine))
+    first = torch.where(straight, 1 - t, ((1 - t) * angle).sin() / angle.sin())
+    second = torch.where(straight, t, (t * angle).sin() / angle.sin())
+    return first * start + second * stop
+
+
 @card(
     paper="Shoemake 1985, 'Animating rotation with quaternion curves'; weights in place of a position, as in "
     "mergekit's nuslerp",
@@ -163,21 +207,32 @@ def slerp(models: Tensor, *, t: float = 0.5, threshold: float = 0.9995, solved: 
     solve=nuslerp_coefficients,
     laws=("agreement", "scale", "rotation"),
     claim="between two models of one length, every point has that length",
-    departs="weights that sum to zero are refused where mergekit takes the middle; a tensor of zeros is met on the "
-    "straight line; each tensor is one vector (mergekit's nuslerp_flatten), not one per row; around the origin: for "
-    "arcs around a base, merge the differences from it and add it to the result",
+    unit_for=what_turns,
+    departs="weights that sum to zero are refused where mergekit takes the middle; vectors of zeros are met on the "
+    "straight line; more than two models are taken",
 )
-def nuslerp(models: Tensor, *, weight: float | Sequence[float] | None = None, solved: Tensor | None = None) -> Tensor:
+def nuslerp(
+    models: Tensor,
+    base: Tensor | None = None,
+    *,
+    weight: float | Sequence[float] | None = None,
+    flatten: bool = True,
+    row_wise: bool = False,
+    solved: Tensor | None = None,
+) -> Tensor:
     r"""Arcs between models by weights: :func:`slerp` with :math:`t = a_2 / (a_1 + a_2)`.
 
     .. math:: p_1 = w_1, \qquad p_i = \mathrm{slerp}\Big(p_{i-1}, w_i;\ t = \frac{a_i}{a_1 + \dots + a_i}\Big)
 
     with :math:`a_i` the ``weight`` of model :math:`i`; the result is :math:`p_k`. With more than two models the
-    order matters a little.
+    order matters a little. With a base the arcs are between task vectors, :math:`w_i - w_0`, and :math:`w_0` is added.
 
     Args:
         models: ``[k, *shape]``, k >= 2.
+        base: ``[*shape]``, the point around which the arcs go; the origin by default.
         weight: one number for each model; all equal by default.
+        flatten: a tensor is one vector; else it is many, along its last axis.
+        row_wise: where it is not flattened, along its first axis (mergekit's ``nuslerp_row_wise``).
         solved: coefficients ``[k]``, where they were found from all chunks of the tensor.
 
     Returns:
@@ -190,7 +245,11 @@ def nuslerp(models: Tensor, *, weight: float | Sequence[float] | None = None, so
     tensor([0.8660, 0.5000])
     """
     at_least(2, models, "nuslerp")
-    return _spanned(models, nuslerp_coefficients(gram(models), weight=weight) if solved is None else solved)
+    if not flatten and models.dim() > 2:
+        return _turned(models, base, weight, 1 if row_wise else -1)
+    if solved is None:
+        solved = nuslerp_coefficients(gram(models, base), weight=weight)
+    return _spanned(models, solved, base)
 
 
 @card(
@@ -202,10 +261,11 @@ def nuslerp(models: Tensor, *, weight: float | Sequence[float] | None = None, so
     claim="as long as the models are on average",
     departs="the step out to the tangent plane and back is left out: at the weighted mean direction the weighted sum "
     "of tangents is zero, so it never moves anything; where the directions cancel the result is the weighted mean for "
-    "any number of models; eps is relative; around the origin: for a base, merge the differences from it and add it",
+    "any number of models; eps is relative",
 )
 def multislerp(
     models: Tensor,
+    base: Tensor | None = None,
     *,
     weight: float | Sequence[float] | None = None,
     normalize: bool = True,
@@ -216,8 +276,11 @@ def multislerp(
 
     .. math:: w = \Big(\sum_i a_i |w_i|\Big) \frac{m}{|m|}, \qquad m = \sum_i a_i \frac{w_i}{|w_i|}
 
+    With a base this is done to the task vectors, :math:`w_i - w_0`, and :math:`w_0` is added.
+
     Args:
         models: ``[k, *shape]``, k >= 1.
+        base: ``[*shape]``, what the directions are seen from; the origin by default.
         weight: one number :math:`a_i` for each model; all equal by default.
         normalize: divide the weights by their sum first.
         eps: directions cancel where :math:`|m|` is not above this share of :math:`\sum_i |a_i|`; the result is
@@ -235,8 +298,8 @@ def multislerp(
     """
     at_least(1, models, "multislerp")
     if solved is None:
-        solved = multislerp_coefficients(gram(models), weight=weight, normalize=normalize, eps=eps)
-    return _spanned(models, solved)
+        solved = multislerp_coefficients(gram(models, base), weight=weight, normalize=normalize, eps=eps)
+    return _spanned(models, solved, base)
 
 
 @card(

@@ -8,12 +8,24 @@ only those count that have the sign on which the weighted majority agrees.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 from torch import Tensor
 
 from weightsmith.card import card
 from weightsmith.merge._parts import at_least
-from weightsmith.merge._trim import Trim, elected, keep_band, keep_top, linear, moved, task_vectors, trimmed
+from weightsmith.merge._trim import (
+    Trim,
+    elected,
+    keep_band,
+    keep_top,
+    known,
+    linear,
+    moved,
+    task_vectors,
+    trim_of,
+    trimmed,
+)
 
 
 @card(
@@ -54,15 +66,22 @@ def task_arithmetic(
     return moved(models, base, linear(task_vectors(models, base), weight, normalize), amount)
 
 
+def of_whole_model(*, dialect: str = "mergekit") -> bool:
+    """Whether `ties` trims all tensors together."""
+    return dialect == "paper"
+
+
 @card(
     paper="Yadav et al. 2023, 'TIES-Merging: Resolving Interference When Merging Models'",
     needs=("base",),
     unit="element",
     solve=keep_top,
+    joint=of_whole_model,
     laws=("scale",),
     claim="merges of many fine-tunes lose less than by plain addition, because opposed changes do not cancel",
     departs="as in mergekit, the share is kept in every tensor and not in the whole model, votes and mean are "
-    "weighted, and a vote that is tied is plus (the paper's code: the majority of all signs)",
+    "weighted, and a vote that is tied is plus; dialect='paper' is the paper's way, except that exactly the share is "
+    "kept, the first among equal ones (its code keeps all that equal the smallest)",
 )
 def ties(
     models: Tensor,
@@ -73,6 +92,8 @@ def ties(
     amount: float = 1.0,
     normalize: bool = True,
     rescale: bool = False,
+    dialect: Literal["mergekit", "paper", "peft", "count"] = "mergekit",
+    combine: Literal["mean", "sum", "max"] | None = None,
     solved: Trim | None = None,
     start: int = 0,
 ) -> Tensor:
@@ -86,6 +107,15 @@ def ties(
     ``amount``. Of a tensor of :math:`n` elements exactly :math:`\max(1, \lfloor \rho n \rfloor)` are kept, the
     first among equal ones.
 
+    Tools differ in what they call TIES, hence ``dialect``:
+
+    - ``"mergekit"``: the formula above.
+    - ``"count"``: the same, but :math:`s = \mathrm{sign} \sum_i \mathrm{sign}(a_i d_i)`: every model has one vote.
+    - ``"peft"``: :math:`s = \mathrm{sign} \sum_i d_i`, and the mean is over the number of those that agree,
+      :math:`\sum_{i \in A} a_i d_i / |A|`. No element is kept where :math:`\rho n < 1`.
+    - ``"paper"``: as ``"peft"``, but the share is that of the whole model (all tensors that are merged together have
+      one threshold a model), and where :math:`\sum_i d_i` is zero the sign is that of the majority of all elements.
+
     Args:
         models: ``[k, *shape]``, k >= 1 fine-tunes of ``base``.
         base: ``[*shape]``, the weights they were all started from.
@@ -94,6 +124,9 @@ def ties(
         amount: how far to go along the mean.
         normalize: divide by the weights of those that agree; else they are added.
         rescale: give a trimmed task vector the sum of magnitudes back that it had.
+        dialect: ``"mergekit"``, ``"paper"``, ``"peft"`` or ``"count"``.
+        combine: what is made of those that agree: their ``"mean"``, their ``"sum"``, or ``"max"``, the largest of
+            them; by default the mean with ``normalize`` and else the sum.
         solved: what is kept, where it was found from all chunks of the tensor.
         start: index of the first element in its tensor.
 
@@ -108,8 +141,10 @@ def ties(
     tensor([2., 0., 4., 0.])
     """
     at_least(1, models, "ties")
-    deltas = trimmed(models, base, solved, keep_top(density, rescale), start)
-    return moved(models, base, elected(deltas, weight, normalize), amount)
+    known(dialect, "mergekit", "paper", "peft", "count")
+    trim = trim_of(models, base, solved, keep_top(density, rescale, dialect))
+    deltas = trimmed(models, base, trim, start)
+    return moved(models, base, elected(deltas, weight, normalize, dialect, combine, trim.tie), amount)
 
 
 @card(
@@ -165,7 +200,8 @@ def breadcrumbs(
     tensor([ 0.,  0., -2.,  1.])
     """
     at_least(1, models, "breadcrumbs")
-    deltas = trimmed(models, base, solved, keep_band(density, gamma, rescale), start)
+    trim = trim_of(models, base, solved, keep_band(density, gamma, rescale))
+    deltas = trimmed(models, base, trim, start)
     return moved(models, base, linear(deltas, weight, normalize), amount)
 
 
@@ -222,5 +258,6 @@ def breadcrumbs_ties(
     tensor([0., 1., 3., 1.])
     """
     at_least(1, models, "breadcrumbs_ties")
-    deltas = trimmed(models, base, solved, keep_band(density, gamma, rescale), start)
+    trim = trim_of(models, base, solved, keep_band(density, gamma, rescale))
+    deltas = trimmed(models, base, trim, start)
     return moved(models, base, elected(deltas, weight, normalize), amount)

@@ -19,15 +19,16 @@ Kernel = Callable[..., Tensor]
 
 
 def _called(kernel: Kernel, models: Tensor, base: Tensor, flipped: bool = False) -> Tensor:
-    """The kernel on these inputs, with a base and statistics if it takes them.
+    """The kernel on these inputs, with a base and statistics if it needs them.
 
     ``flipped`` says that the models come in the opposite order, and so do their statistics.
     """
     names = inspect.signature(kernel).parameters
-    arguments = [models, base] if "base" in names else [models]
+    needs_base = "base" in names and names["base"].default is inspect.Parameter.empty
+    arguments = [models, base] if needs_base else [models]
     if "stats" in names:
         statistic = next(need for need in card_of(kernel).needs if need.startswith("stats."))
-        made = example_statistics(statistic, len(models) + ("base" in names), tuple(models.shape[1:]))
+        made = example_statistics(statistic, len(models) + needs_base, tuple(models.shape[1:]))
         if made is not None and flipped:
             made = torch.cat([made[: len(models)].flip(0), made[len(models) :]])
         return kernel(*arguments, made)

@@ -327,7 +327,7 @@ def _check_inputs(document: Document, warn: Warn) -> None:
     for module in document.modules:
         for one in module.slices:
             models = [source.model for source in one.sources]
-            merged, which = len(models), "models"
+            merged, which = len(models), ""
             if method.base != "merged":
                 if one.base is None and method.base == "needed":
                     raise document.node.error(f"{document.method} needs base_model:")
@@ -337,10 +337,11 @@ def _check_inputs(document: Document, warn: Warn) -> None:
                         "to give; add it"
                     )
                 merged -= one.base is not None
-                which = "models beside the base"
+                which = " beside the base"
             if merged < method.least or (method.most is not None and merged > method.most):
                 wanted = f"exactly {method.least}" if method.most == method.least else f"at least {method.least}"
-                raise one.node.error(f"{document.method} needs {wanted} {which}, got {merged}")
+                noun = "model" if method.least == 1 else "models"
+                raise one.node.error(f"{document.method} needs {wanted} {noun}{which}, got {merged}")
 
 
 # The rest

@@ -67,7 +67,8 @@ def read_level(node: Node | None, method: str, where: str, warn: Callable[[str],
         option = takes.parameters.get(name)
         if option is None:
             others = [other for other, one in METHODS.items() if name in one.parameters]
-            near = "" if others else did_you_mean(str(name), takes.parameters)
+            every = dict.fromkeys([*takes.parameters, *(key for one in METHODS.values() for key in one.parameters)])
+            near = "" if others else did_you_mean(str(name), every)
             said = f"it belongs to {', '.join(others)}" if others else "it is no parameter"
             warn(_at(node.at(name), f"{method} does not use {name!r}{near}; {said}"))
             continue
@@ -75,7 +76,7 @@ def read_level(node: Node | None, method: str, where: str, warn: Callable[[str],
             warn(_at(node.at(name), f"{name!r} has no effect at a model: {method} has one value for all; move it up"))
             continue
         rules = _read_rules(value, name, option)
-        if option.ours is None and rules and any(bool(v) != bool(option.default) for r in rules for v in r.values):
+        if option.ours is None and rules and any(v != option.default for r in rules for v in r.values):
             warn(_at(node.at(name), f"{name!r} has no effect in {method}: {option.note}"))
         found[name] = rules
     return found

@@ -5,6 +5,6 @@ something small, so it works on tensors that are never in memory as a whole. On 
 `weightsmith.weights.in_memory` runs it.
 """
 
-from weightsmith.solve._top import EVERYTHING, NOTHING, Cut, cut_at, cuts_at, kept, keys
+from weightsmith.solve._top import EVERYTHING, NOTHING, Cut, cut_at, cuts_at, kept, keys, shrink
 
-__all__ = ["EVERYTHING", "NOTHING", "Cut", "cut_at", "cuts_at", "kept", "keys"]
+__all__ = ["EVERYTHING", "NOTHING", "Cut", "cut_at", "cuts_at", "kept", "keys", "shrink"]

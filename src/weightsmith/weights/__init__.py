@@ -24,6 +24,7 @@ from weightsmith.weights._lazy import (
 )
 from weightsmith.weights._lineage import Step
 from weightsmith.weights._open import open
+from weightsmith.weights._planned import Planned
 from weightsmith.weights._save import Saved
 from weightsmith.weights._select import Pattern, PerTensor, by_depth, depth_of, matches, resolve, varies
 from weightsmith.weights._spec import Spec, as_dtype, dtype_name, promote, working, working_dtype
@@ -42,6 +43,7 @@ __all__ = [
     "Pass",
     "Pattern",
     "PerTensor",
+    "Planned",
     "Reduction",
     "Saved",
     "Scratch",

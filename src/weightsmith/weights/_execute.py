@@ -10,23 +10,23 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from weightsmith.errors import Error
-from weightsmith.weights._lazy import CHUNK, Lazy, Reduction, Scratch, all_nodes, entire_inputs, reductions_of
+from weightsmith.weights._lazy import CHUNK, Lazy, Piece, Reduction, Scratch, all_nodes, entire_inputs, reductions_of
 
 
 @dataclass
 class Call:
-    """A piece of work, and the bytes it holds while it runs."""
+    """A piece of work, and the bytes it holds while it runs. It is called with the seat of its thread."""
 
-    function: Callable[[Scratch], Any]
+    function: Callable[[Any], Any]
     cost: int = 0
 
 
@@ -52,13 +52,27 @@ def default_threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def run(jobs: Iterable[Job], threads: int | None = None, memory: int | None = None) -> None:
+class Seat(Protocol):
+    """What a thread keeps from call to call: its `Scratch`, or a process that works for it."""
+
+    def next_unit(self) -> None: ...
+
+
+def run(
+    jobs: Iterable[Job],
+    threads: int | None = None,
+    memory: int | None = None,
+    seats: Callable[[], Seat] = Scratch,
+    stop: Callable[[], None] | None = None,
+) -> None:
     """Drive jobs to their end. Jobs start in the given order, when the threads run short of calls.
 
     Args:
         jobs: an iterator is fine: it is advanced only when there is room.
         threads: workers; each computes with one PyTorch thread.
         memory: bytes that the calls under way may hold together. A call that alone needs more runs alone.
+        seats: makes what each thread hands to its calls.
+        stop: called after an error, so that the calls under way end soon.
 
     Raises:
         whatever a call raises first; the others are given up.
@@ -67,17 +81,19 @@ def run(jobs: Iterable[Job], threads: int | None = None, memory: int | None = No
     local = threading.local()
 
     def work(call: Call) -> Any:
-        if not hasattr(local, "scratch"):
-            local.scratch = Scratch()
+        if not hasattr(local, "seat"):
+            local.seat = seats()
         try:
-            return call.function(local.scratch)
+            return call.function(local.seat)
         finally:
-            local.scratch.next_unit()
+            local.seat.next_unit()
 
     with _one_torch_thread_each(), ThreadPoolExecutor(threads, "weightsmith", _single) as pool:
         try:
             _drive(iter(jobs), lambda call: pool.submit(work, call), threads, memory)
         except BaseException:
+            if stop is not None:
+                stop()
             pool.shutdown(wait=True, cancel_futures=True)
             raise
 
@@ -150,28 +166,35 @@ def _single() -> None:
     torch.set_num_threads(1)
 
 
-def solving(nodes: Iterable[Lazy], under_way: dict[int, Reduction]) -> Job:
+Batched = Callable[[Sequence[Piece], int], list[Call]]
+"""Pieces of a pass and the cost of each -> calls, each of which returns a list of totals."""
+
+
+def solving(nodes: Iterable[Lazy], under_way: dict[int, Reduction], batched: Batched | None = None) -> Job:
     """The part of a job that makes sure all reductions under ``nodes`` are solved.
 
     ``under_way`` is shared by the jobs of a run: who finds a reduction there waits for it.
     """
     for node in nodes:
         for reduction in reductions_of(node):
-            yield from _solve(reduction, under_way)
+            yield from _solve(reduction, under_way, batched)
 
 
-def _solve(reduction: Reduction, under_way: dict[int, Reduction]) -> Job:
+def _solve(reduction: Reduction, under_way: dict[int, Reduction], batched: Batched | None = None) -> Job:
     if reduction.done:
         return
     if id(reduction) in under_way:
         yield Wait(reduction)
         return
     under_way[id(reduction)] = reduction
-    cost = max((sum(working_set(node) for node in all_nodes(item)) for item in reduction.items), default=0)
+    cost = reduction_cost(reduction)
     passes = reduction.passes()
     calls = next(passes, None)
     while calls is not None:
-        results = yield [Call(call, cost) for call in calls]
+        if batched is None:
+            results = yield [Call(call, cost) for call in calls]
+        else:
+            results = [one for totals in (yield batched(calls, cost)) for one in totals]
         try:
             calls = passes.send(results)
         except StopIteration:
@@ -187,6 +210,11 @@ def solve_all(reductions: Iterable[Reduction], threads: int | None = None, memor
         yield from _solve(reduction, under_way)
 
     run((job(reduction) for reduction in reductions), threads, memory)
+
+
+def reduction_cost(reduction: Reduction) -> int:
+    """About how many bytes are held while one chunk of a pass is computed."""
+    return max((sum(working_set(node) for node in all_nodes(item)) for item in reduction.items), default=0)
 
 
 def working_set(node: Lazy) -> int:

@@ -53,7 +53,7 @@ class LocalFile:
             raise Error(f"{self.name}: not a regular file")
         self.size = status.st_size
         self._key = (status.st_dev, status.st_ino)
-        self._modified = status.st_mtime_ns
+        self.modified = status.st_mtime_ns
         self._descriptor = -1
         self._map: mmap.mmap | None = None
         self._lock = threading.Lock()
@@ -99,7 +99,7 @@ class LocalFile:
         return torch.frombuffer(self._map, dtype=torch.uint8, count=nbytes, offset=offset)
 
     def identity(self) -> object:
-        return [str(self.path.resolve()), self.size, self._modified]
+        return [str(self.path.resolve()), self.size, self.modified]
 
     def same_file(self, status: os.stat_result) -> bool:
         return self._key == (status.st_dev, status.st_ino)

@@ -257,9 +257,9 @@ def _changed(node: Lazy, change: str, words: dict[str, Any], where: str) -> Lazy
     """The checkpoint's values of a tensor that its converter had changed."""
     shape = node.spec.shape
     if change == "minus_one":
-        return Through(node, lambda values: working(values) - 1, shape, 1, [change])
+        return Through(node, _less_one, shape, 1, [change])
     if change == "log_negative":
-        return Through(node, lambda values: torch.log(-working(values)), shape, 1, [change])
+        return Through(node, _log_of_negative, shape, 1, [change])
     if change == "first_axis":
         return node if len(shape) != 1 else Through(node, _same, (1, *shape), 1, [change])
     if change == "middle_axis":
@@ -275,6 +275,14 @@ def _changed(node: Lazy, change: str, words: dict[str, Any], where: str) -> Lazy
 
 def _same(values: Tensor) -> Tensor:
     return values
+
+
+def _less_one(values: Tensor) -> Tensor:
+    return working(values) - 1
+
+
+def _log_of_negative(values: Tensor) -> Tensor:
+    return torch.log(-working(values))
 
 
 def _transposed(node: Lazy, where: str) -> Lazy:

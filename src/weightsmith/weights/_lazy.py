@@ -467,23 +467,13 @@ class Reduction:
     def total(self, function: Callable[..., Any], unit: tuple[int, int, int], scratch: Scratch) -> Any:
         """The sum of ``function`` over the chunks of one unit."""
         index, first, last = unit
-        item = self.items[index]
-        starts = takes_start(function)
-        per = item.per_position(item.nodes[0])
-        result: Any = None
-        # The chunk is fixed here, whatever the memory: float sums must not depend on it.
-        step = item.step(CHUNK)
-        scratch.next_unit()
-        for start in range(first, last, step) or (first,):
-            scratch.next_chunk()
-            stop = min(start + step, last)
-            options = {"start": self.offsets[index] + start * per} if starts else {}
-            result = added(result, function(*item.chunk(start, stop, scratch), **options))
-        scratch.next_unit()
-        return result
+        return total_over(function, self.items[index], self.offsets[index], first, last, scratch)
 
-    def passes(self) -> Generator[list[Callable[[Scratch], Any]], list[Any], None]:
-        """For an executor: yields the units of each pass as calls, is sent their results in order."""
+    def passes(self) -> Generator[list[Piece], list[Any], None]:
+        """For an executor: yields the units of each pass as calls, is sent their results in order.
+
+        Where the solver does not want each, neighbours may be added up before they are sent.
+        """
         solving = self.solver()
         try:
             wanted = next(solving)
@@ -492,7 +482,7 @@ class Reduction:
                 found = self.totals.get(key) if self.totals else None
                 if found is None:
                     chosen = self.units if wanted.units is None else [self.units[i] for i in wanted.units]
-                    results = yield [functools.partial(self.total, wanted.function, unit) for unit in chosen]
+                    results = yield [Piece(self, wanted, unit) for unit in chosen]
                     found = list(results) if wanted.each else [functools.reduce(added, results, None)]
                     if self.totals:
                         self.totals.put(key, found)
@@ -528,6 +518,39 @@ class Reduction:
             solver = self.name if self.name is not None else _function_identity(self.solver)
             self._identity = _digest([solver, *(item.identity() for item in self.items)])
         return self._identity
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One unit of a pass, to be called by an executor."""
+
+    reduction: Reduction
+    wanted: Pass
+    unit: tuple[int, int, int]
+
+    def __call__(self, scratch: Scratch) -> Any:
+        return self.reduction.total(self.wanted.function, self.unit, scratch)
+
+
+def total_over(function: Callable[..., Any], item: Inputs, offset: int, first: int, last: int, scratch: Scratch) -> Any:
+    """The sum of ``function`` over the chunks from position ``first`` to ``last``.
+
+    Args:
+        offset: index of the item's first element, for functions that want to know.
+    """
+    starts = takes_start(function)
+    per = item.per_position(item.nodes[0])
+    result: Any = None
+    # The chunk is fixed here, whatever the memory: float sums must not depend on it.
+    step = item.step(CHUNK)
+    scratch.next_unit()
+    for start in range(first, last, step) or (first,):
+        scratch.next_chunk()
+        stop = min(start + step, last)
+        options = {"start": offset + start * per} if starts else {}
+        result = added(result, function(*item.chunk(start, stop, scratch), **options))
+    scratch.next_unit()
+    return result
 
 
 def added(total: Any, part: Any) -> Any:

@@ -205,6 +205,18 @@ def upload(local: Path, url: str, overwrite: bool = False) -> None:
             _send_aside(system, files, path, name, advance)
 
 
+def check(url: str, is_folder: bool, overwrite: bool = False) -> None:
+    """An error where `upload` would refuse to begin.
+
+    Raises:
+        OutputError: something stands there, or it may not be looked at.
+    """
+    name = shown(url).rstrip("/")
+    system, path = _connected(url)
+    with _named(name, OutputError):
+        _check_target(system, path.rstrip("/"), name, is_folder, overwrite)
+
+
 def _sources(local: Path) -> dict[str, Path]:
     """Name in the target -> file here."""
     if local.is_file():

@@ -8,14 +8,15 @@ neither on the number of threads nor on the size of the pieces.
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from weightsmith import progress
 from weightsmith._version import __version__
@@ -27,11 +28,27 @@ from weightsmith.weights._layout import Layout
 from weightsmith.weights._lazy import CHUNK, UNIT, Lazy, Output, Reduction, Scratch, as_buffer, convert, naming
 from weightsmith.weights._open import NOT_MODELS, SUFFIXES, input_files
 from weightsmith.weights._spec import dtype_name
-from weightsmith.weights._staging import Done, Journal, Staging, claimed, is_empty_folder, publish, staging_folder
+from weightsmith.weights._staging import (
+    Done,
+    Journal,
+    Staging,
+    WorkersLost,
+    bytes_on_disk,
+    claimed,
+    is_empty_folder,
+    publish,
+    staging_folder,
+)
 from weightsmith.weights._weights import Weights
+
+if TYPE_CHECKING:
+    from weightsmith.weights._crew import Crew
 
 WRITABLE = {"safetensors": "model.safetensors", "pt": "pytorch_model.bin", "npz": "model.npz"}
 """Formats that can be written, and what the file is called in a folder."""
+
+ADAPTERS = {"safetensors": "adapter_model.safetensors", "pt": "adapter_model.bin"}
+"""What the file is called beside an adapter_config.json: the names by which PEFT finds it."""
 
 MEMORY_EACH = 256_000_000
 """Bytes in flight for each thread, unless ``memory`` says otherwise."""
@@ -95,6 +112,11 @@ class Group:
         """Chunks that are taken together: copies and casts have few operands, so more fits in the cache."""
         return 1 if isinstance(self.nodes[0], Output) else _PLAIN
 
+    @property
+    def cost(self) -> int:
+        """About how many bytes are held while a unit is computed."""
+        return self.times * sum(working_set(node) for node in self.nodes)
+
     def bytes_of(self, unit: int) -> int:
         """What one unit of work writes."""
         first, last = self.units[unit]
@@ -112,22 +134,25 @@ def save(
     resume: bool,
     threads: int | None,
     memory: int | str | None,
+    executor: str = "threads",
+    workers: int | None = None,
 ) -> Saved:
     """See `Weights.save`."""
-    threads = checked_threads(threads)
-    budget = as_bytes(memory) or MEMORY_EACH * threads
+    check_executor(executor, threads, workers)
+    budget = as_bytes(memory)
     place = os.fspath(path)
     if is_remote(place):
-        return _save_remote(weights, place, format, max_shard_size, overwrite, threads, budget)
+        return _save_remote(weights, place, format, max_shard_size, overwrite, threads, budget, executor, workers)
     plan = planned(weights, place, format, max_shard_size)
     check_target(plan, overwrite)
+    crew = None if executor == "threads" else _crew(plan, executor, workers)
     with claimed(plan.target) as staging:
         done = _begun(plan, staging, overwrite, resume)
         try:
-            write(plan, staging.whole, staging, done, threads, budget)
+            write(plan, staging.whole, staging, done, threads, budget, crew)
         except BaseException as error:
             # What can be continued stays for resume; what is wrong in itself leaves nothing behind.
-            if not isinstance(error, KeyboardInterrupt | SystemExit) and not _is_full(error):
+            if not isinstance(error, KeyboardInterrupt | SystemExit | WorkersLost) and not _is_full(error):
                 staging.discard()
             explained = _explained(error, plan.target, staging)
             if explained is error:
@@ -155,9 +180,54 @@ def _begun(plan: Plan, staging: Staging, overwrite: bool, resume: bool) -> set[D
 
 
 def _saved(plan: Plan, place: str, resumed: int) -> Saved:
-    names = [file.name for file in plan.layout.files] + list(plan.layout.small) + list(plan.small)
     size = sum(file.size for file in plan.layout.files)
-    return Saved(place, tuple(names), len(plan.layout.places), size, resumed)
+    return Saved(place, file_names(plan), len(plan.layout.places), size, resumed)
+
+
+def file_names(plan: Plan) -> tuple[str, ...]:
+    """Every file that is written, those with tensors first."""
+    return (*(file.name for file in plan.layout.files), *plan.layout.small, *plan.small)
+
+
+def total_size(plan: Plan) -> int:
+    """Bytes of every file that is written."""
+    small = [*plan.layout.small.values(), *plan.small.values()]
+    return sum(file.size for file in plan.layout.files) + sum(
+        len(content) if isinstance(content, bytes) else content.size for content in small
+    )
+
+
+EXECUTORS = ("threads", "processes", "ray")
+"""Who computes: threads of this process, other processes of this machine, actors of a Ray cluster."""
+
+
+def check_executor(executor: str, threads: int | None, workers: int | None) -> None:
+    """An error for a way to execute that there is not, or that lacks a package."""
+    if executor not in EXECUTORS:
+        raise Error(
+            f"unknown executor {executor!r}{did_you_mean(str(executor), EXECUTORS)}; known: {', '.join(EXECUTORS)}"
+        )
+    checked_threads(threads)
+    if workers is not None and workers < 1:
+        raise Error(f"workers must be at least 1, got {workers}")
+    if executor == "threads" and workers is not None:
+        raise Error('workers= are for executor="processes" and "ray"; with threads, say threads=')
+    if executor != "threads" and threads is not None:
+        raise Error(f'threads= are for executor="threads"; with {executor}, say workers=: each has one thread')
+    if executor == "ray":
+        from weightsmith.weights import _ray
+
+        _ray.check_installed()
+
+
+def _crew(plan: Plan, executor: str, workers: int | None) -> Crew:
+    """Workers that are yet to be hired; an error if something cannot be computed by them."""
+    from weightsmith.weights._crew import Crew
+
+    folder = staging_folder(plan.target)
+    crew = Crew(executor, workers, [folder / "whole" / file.name for file in plan.layout.files], folder / "held")
+    crew.check(plan.groups)
+    return crew
 
 
 def checked_threads(threads: int | None) -> int:
@@ -180,12 +250,18 @@ def planned(weights: Weights, place: str, format: str | None, max_shard_size: in
         raise Error(f"{place}: a folder cannot be called {target.suffix}; write {place.rstrip(os.sep)} for a file")
     if not weights:
         raise Error(f"{place}: there are no tensors to save")
-    name = WRITABLE[format] if is_folder else target.name
-    shard = as_bytes(max_shard_size, "max_shard_size") if is_folder else None
+    adapter = is_folder and format in ADAPTERS and is_adapter(weights)
+    name = (ADAPTERS if adapter else WRITABLE)[format] if is_folder else target.name
+    shard = as_bytes(max_shard_size, "max_shard_size") if is_folder and not adapter else None
     layout = laid_out(weights, format, name, shard)
     small = _companions(weights) if is_folder else {}
     _check_companions(place, small, layout)
     return Plan(weights, target, is_folder, layout, small, grouped(weights))
+
+
+def is_adapter(weights: Weights) -> bool:
+    """Whether weights are an adapter with its settings beside it, and so a PEFT folder once saved."""
+    return "adapter_config.json" in weights.files and any(".lora_" in name for name in weights)
 
 
 def _format(format: str | None, suffix: str | None, target: Path) -> str:
@@ -206,11 +282,10 @@ def laid_out(weights: Weights, format: str, name: str, shard: int | None) -> Lay
     if format == "safetensors":
         _safetensors.check_names(weights, name)
         carried = {k: v for k, v in weights.metadata.items() if k not in weights and k != _lineage.KEY}
-        words = {"format": "pt"} | carried | lineage
-        layout = _safetensors.layout(specs, ties, words, name, shard, lineage)
-        if len(layout.files) > 1:  # the index carries the lineage; its shards need not repeat it
-            layout = _safetensors.layout(specs, ties, {"format": "pt"} | carried, name, shard, lineage)
-        return layout
+        # More bytes than one shard may have: the index carries the lineage, and its shards need not repeat it.
+        several = shard is not None and len(specs) > 1 and sum(spec.nbytes for spec in specs.values()) > shard
+        words = {"format": "pt"} | carried | ({} if several else lineage)
+        return _safetensors.layout(specs, ties, words, name, shard, lineage)
     if format == "pt":
         from weightsmith.weights import _torchfile
 
@@ -307,23 +382,13 @@ def check_target(plan: Plan, overwrite: bool) -> None:
             raise OutputError(f"{target} is a {kind}, and would be replaced by the other kind; remove it first")
         if plan.is_folder and not any(belongs_to_checkpoint(entry.name) for entry in target.iterdir()):
             raise OutputError(f"{target} is a folder without weights in it; overwriting is for checkpoints only")
-    parent = _existing_parent(target)
+    parent = existing_parent(target)
     if not os.access(parent, os.W_OK | os.X_OK):
         raise OutputError(f"{target}: the folder {parent} cannot be written to")
     needed = sum(file.size for file in plan.layout.files)
-    free = shutil.disk_usage(parent).free + _held(staging_folder(target))
+    free = shutil.disk_usage(parent).free + bytes_on_disk(staging_folder(target))
     if needed > free:
         raise OutputError(f"{target}: needs {needed:,} bytes, the disk has {free:,} free")
-
-
-def _held(folder: Path) -> int:
-    """Bytes on disk under a folder, which another process may be emptying at this moment."""
-    total = 0
-    for place, _, names in os.walk(folder):
-        for name in names:
-            with suppress(OSError):
-                total += os.lstat(os.path.join(place, name)).st_blocks * 512
-    return total
 
 
 def _refuse_inputs(plan: Plan) -> None:
@@ -342,7 +407,8 @@ def _refuse_inputs(plan: Plan) -> None:
             raise OutputError(f"{growing} holds an input of this save ({file.name}); move it away first")
 
 
-def _existing_parent(target: Path) -> Path:
+def existing_parent(target: Path) -> Path:
+    """The innermost folder that is there already."""
     parent = target.parent
     while not parent.exists():
         parent = parent.parent
@@ -358,7 +424,13 @@ def belongs_to_checkpoint(name: str) -> bool:
 
 
 def write(
-    plan: Plan, folder: Path, staging: Staging | None, done: set[tuple[int, int]], threads: int, memory: int
+    plan: Plan,
+    folder: Path,
+    staging: Staging | None,
+    done: set[tuple[int, int]],
+    threads: int | None,
+    memory: int | None,
+    crew: Crew | None = None,
 ) -> None:
     """Every file of the plan into ``folder``."""
     for name, content in {**plan.small, **plan.layout.small}.items():
@@ -371,7 +443,13 @@ def write(
             descriptors.append(_prepared(folder / file.name, file.size, file.fixed))
         journal = Journal(staging.journal, descriptors) if staging else None
         with progress.task(f"saving {plan.target.name}", sum(g.nbytes for g in plan.groups), "bytes") as advance:
-            run(_jobs(plan, descriptors, journal, done, advance), threads, memory)
+            jobs = _jobs(plan, descriptors, journal, done, advance, crew)
+            if crew is None:
+                threads = checked_threads(threads)
+                run(jobs, threads, memory or MEMORY_EACH * threads)
+            else:
+                with crew.at_work() as count:
+                    run(jobs, count, memory or MEMORY_EACH * count, crew.seat, crew.stop)
         finished = True
     finally:
         try:
@@ -408,6 +486,7 @@ def _jobs(
     journal: Journal | None,
     done: set[tuple[int, int]],
     advance: Callable[[int], None],
+    crew: Crew | None,
 ) -> Iterator[Job]:
     under_way: dict[int, Reduction] = {}
 
@@ -416,11 +495,13 @@ def _jobs(
         advance(group.nbytes - sum(group.bytes_of(unit) for unit in left))
         if not left:
             return
-        yield from solving(group.nodes, under_way)
+        yield from solving(group.nodes, under_way, None if crew is None else crew.totals)
         places = [plan.layout.places[name] for name in group.names]
+        if crew is not None:
+            yield crew.writing(number, group, left, places, functools.partial(_wrote, number, group, journal, advance))
+            return
         writers = [(descriptors[file], offset) for file, offset in places]
-        cost = group.times * sum(working_set(node) for node in group.nodes)
-        yield [Call(_writing(number, group, unit, writers, journal, advance), cost) for unit in left]
+        yield [Call(_writing(number, group, unit, writers, journal, advance), group.cost) for unit in left]
 
     for number, group in enumerate(plan.groups):
         yield job(number, group)
@@ -435,23 +516,36 @@ def _writing(
     advance: Callable[[int], None],
 ) -> Callable[[Scratch], None]:
     def call(scratch: Scratch) -> None:
-        first, last = group.units[unit]
-        widest = max(*group.per, 1)
-        step = max(group.times * CHUNK // widest // group.grain, 1) * group.grain
-        scratch.next_unit()
-        for start in range(first, last, step):
-            scratch.next_chunk()
-            stop = min(start + step, last)
-            for name, node, per, (descriptor, offset) in zip(group.names, group.nodes, group.per, writers, strict=True):
-                with naming(name):
-                    values = node.read(start * per, stop * per, scratch)
-                    values = convert(values, node.spec.dtype, scratch).to("cpu").contiguous()
-                _pwrite(descriptor, as_buffer(values), offset + start * per * node.spec.dtype.itemsize)
-        advance(group.bytes_of(unit))
-        if journal:
-            journal.add((number, unit))
+        write_unit(group, unit, writers, scratch)
+        _wrote(number, group, journal, advance, unit)
 
     return call
+
+
+def _wrote(number: int, group: Group, journal: Journal | None, advance: Callable[[int], None], unit: int) -> None:
+    advance(group.bytes_of(unit))
+    if journal:
+        journal.add((number, unit))
+
+
+def write_unit(group: Group, unit: int, writers: Sequence[tuple[int, int]], scratch: Scratch) -> None:
+    """Compute one unit of work and put it in its place.
+
+    Args:
+        writers: descriptor and offset of each output.
+    """
+    first, last = group.units[unit]
+    widest = max(*group.per, 1)
+    step = max(group.times * CHUNK // widest // group.grain, 1) * group.grain
+    scratch.next_unit()
+    for start in range(first, last, step):
+        scratch.next_chunk()
+        stop = min(start + step, last)
+        for name, node, per, (descriptor, offset) in zip(group.names, group.nodes, group.per, writers, strict=True):
+            with naming(name):
+                values = node.read(start * per, stop * per, scratch)
+                values = convert(values, node.spec.dtype, scratch).to("cpu").contiguous()
+            _pwrite(descriptor, as_buffer(values), offset + start * per * node.spec.dtype.itemsize)
 
 
 def _pwrite(descriptor: int, data: memoryview, offset: int) -> None:
@@ -486,18 +580,34 @@ def _explained(error: BaseException, target: Path, staging: Staging) -> BaseExce
 
 
 def _save_remote(
-    weights: Weights, url: str, format: str | None, shard: int | str | None, overwrite: bool, threads: int, memory: int
+    weights: Weights,
+    url: str,
+    format: str | None,
+    shard: int | str | None,
+    overwrite: bool,
+    threads: int | None,
+    memory: int | None,
+    executor: str,
+    workers: int | None,
 ) -> Saved:
     """Make it whole here, then send it."""
+    from weightsmith.weights import _remote
+
+    shown = refuse_remote_inputs(weights, url)
+    with tempfile.TemporaryDirectory(prefix="weightsmith-") as place:
+        local = Path(place, shown.rstrip("/").rsplit("/", 1)[-1] or "weights")
+        saved = save(weights, local, format=format, max_shard_size=shard, overwrite=False, resume=False,
+                     threads=threads, memory=memory, executor=executor, workers=workers)  # fmt: skip
+        _remote.upload(local, url, overwrite)
+    return Saved(shown, saved.files, saved.tensors, saved.nbytes, 0)
+
+
+def refuse_remote_inputs(weights: Weights, url: str) -> str:
+    """The address as it may be shown; an error if it holds an input."""
     from weightsmith.weights import _remote
 
     shown = _remote.shown(url)
     for file in [*weights.lineage.all_files(), *weights.files.values()]:
         if isinstance(file, _remote.RemoteFile) and f"{file.name}/".startswith(f"{shown.rstrip('/')}/"):
             raise OutputError(f"{shown} holds an input of this save ({file.name}); inputs are never written to")
-    with tempfile.TemporaryDirectory(prefix="weightsmith-") as place:
-        local = Path(place, shown.rstrip("/").rsplit("/", 1)[-1] or "weights")
-        saved = save(weights, local, format=format, max_shard_size=shard, overwrite=False, resume=False,
-                     threads=threads, memory=memory)  # fmt: skip
-        _remote.upload(local, url, overwrite)
-    return Saved(shown, saved.files, saved.tensors, saved.nbytes, 0)
+    return shown

@@ -29,6 +29,10 @@ Done = tuple[int, int]
 """Number of a group of outputs, number of its unit."""
 
 
+class WorkersLost(OutputError):
+    """Processes that do the work died again and again. What is finished stays for a resume."""
+
+
 class Staging:
     """The growing output. Held by one process at a time; see `claimed`."""
 
@@ -72,6 +76,7 @@ class Staging:
             self.whole.unlink()
         elif self.whole.exists():
             shutil.rmtree(self.whole)
+        shutil.rmtree(self.folder / "held", ignore_errors=True)
 
     def discard(self) -> None:
         """Leave nothing behind. The lock goes last."""
@@ -84,6 +89,16 @@ class Staging:
 def staging_folder(target: Path) -> Path:
     """Where the output for ``target`` grows."""
     return target.with_name(target.name + ".partial")
+
+
+def bytes_on_disk(folder: Path) -> int:
+    """Bytes on disk under a folder, which another process may be emptying at this moment."""
+    total = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with suppress(OSError):
+                total += os.lstat(os.path.join(place, name)).st_blocks * 512
+    return total
 
 
 def _size(path: Path) -> int:

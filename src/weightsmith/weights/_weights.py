@@ -9,7 +9,7 @@ from __future__ import annotations
 import operator
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,7 @@ from weightsmith.weights._select import Pattern, PerTensor, matches, resolve, va
 from weightsmith.weights._spec import as_dtype, dtype_name
 
 if TYPE_CHECKING:
+    from weightsmith.weights._planned import Planned
     from weightsmith.weights._save import Saved
 
 _PACKED = getattr(torch, "float4_e2m1fn_x2", None)
@@ -234,7 +235,12 @@ class Weights(Mapping[str, Tensor]):
         return self.zip_nodes(build, others, name, dict(options or {}))
 
     def zip_nodes(
-        self, build: Callable[..., Lazy], others: tuple[Weights, ...], method: str, options: Mapping[str, Any]
+        self,
+        build: Callable[..., Lazy],
+        others: tuple[Weights, ...],
+        method: str,
+        options: Mapping[str, Any],
+        apart: Callable[[str], object] | None = None,
     ) -> Weights:
         """Weights with one new node a name, for who builds methods; names tied in all stay tied.
 
@@ -242,20 +248,24 @@ class Weights(Mapping[str, Tensor]):
             build: ``(name, node, *nodes of the others) -> node``; its errors are given the name.
             others: weights with the same names.
             method, options: what the lineage says of this step.
+            apart: what a name asks for beside its nodes. Tied names that ask for different things come apart.
         """
         for other in others:
             same_names(self, other, f"{method} needs the same tensors on both sides")
-        made: dict[tuple[int, ...], Lazy] = {}
+        made: dict[tuple[int, ...], list[tuple[object, Lazy]]] = {}
         nodes: dict[str, Lazy] = {}
         for name, own in self._nodes.items():
             members = (own, *(other._nodes[name] for other in others))
-            key = tuple(id(member) for member in members)
-            if key not in made:
+            wanted = None if apart is None else apart(name)
+            alike = made.setdefault(tuple(id(member) for member in members), [])
+            node = next((node for asked, node in alike if asked == wanted), None)
+            if node is None:
                 try:
-                    made[key] = build(name, *members)
+                    node = build(name, *members)
                 except Error as error:
                     raise type(error)(f"tensor {name}: {error}") from None
-            nodes[name] = made[key]
+                alike.append((wanted, node))
+            nodes[name] = node
         return self._derived(nodes, method, options, *others)
 
     def _binary(self, function: Callable[..., Tensor], other: Any, swapped: bool = False) -> Weights:
@@ -391,6 +401,8 @@ class Weights(Mapping[str, Tensor]):
         resume: bool = False,
         threads: int | None = None,
         memory: int | str | None = None,
+        executor: Literal["threads", "processes", "ray"] = "threads",
+        workers: int | None = None,
     ) -> Saved:
         """Write the weights in one streaming pass, whole or not at all.
 
@@ -401,12 +413,19 @@ class Weights(Mapping[str, Tensor]):
             max_shard_size: bytes of a shard in a folder (``"5GB"``); None for a single file.
             overwrite: replace what is there. The old one stays until the new one is whole.
             resume: go on with an interrupted save of the same thing to the same place.
-            threads: workers; default one a core.
-            memory: bytes in flight at most (``"512MB"``); default 256 MB a thread.
+            threads: how many compute; default one a core.
+            memory: bytes in flight at most (``"512MB"``), of all workers together; default 256 MB each.
+            executor: who computes; the bytes are the same. ``"processes"`` of this machine suit functions that
+                hold Python's lock; ``"ray"`` uses the cluster that is there, whose machines must share the file
+                system, or starts one here. Both need functions that other processes can import (with cloudpickle
+                installed, any).
+            workers: how many processes or actors; default one a core. Each has one thread.
 
         Raises:
             OutputError: the place is taken, is an input, is being written by another process, or
-                has too little room.
+                has too little room; or worker processes died again and again.
+            Error: a tensor that other processes cannot compute.
+            MissingPackage: ray is not installed.
         """
         from weightsmith.weights._save import save
 
@@ -419,7 +438,34 @@ class Weights(Mapping[str, Tensor]):
             resume=resume,
             threads=threads,
             memory=memory,
+            executor=executor,
+            workers=workers,
         )
+
+    def planned(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        format: str | None = None,
+        max_shard_size: int | str | None = "5GB",
+        overwrite: bool = False,
+        threads: int | None = None,
+        memory: int | str | None = None,
+    ) -> Planned:
+        """What `save` with the same arguments would do; nothing is written, and only headers are read.
+
+        Raises:
+            Error: what a save would refuse before it writes anything, such as a place that is taken.
+
+        >>> import os, tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     plan = Weights.of({"a": torch.ones(1000)}).planned(os.path.join(folder, "a.safetensors"))
+        >>> plan.files, plan.passes, plan.writes > 4000
+        (('a.safetensors',), 1, True)
+        """
+        from weightsmith.weights._planned import planned
+
+        return planned(self, path, format, max_shard_size, overwrite, threads, memory)
 
     # Making others
 

@@ -1,0 +1,15 @@
+"""Adapters: small changes of a model that are kept apart from it.
+
+The signature of the room: ``(model, adapter, ...) -> Weights``. An adapter is a `Weights` with an
+``adapter_config.json`` in its ``files``, and saved to a folder it is one that PEFT loads. No model is
+built for any of it: adapters are merged into checkpoints, combined and taken out of them as tensors.
+"""
+
+from weightsmith.adapt._apply import apply
+from weightsmith.adapt._combine import combine
+from weightsmith.adapt._extract import extract
+from weightsmith.card import table
+
+METHODS = table(apply, combine, extract)
+
+__all__ = ["METHODS", "apply", "combine", "extract"]
