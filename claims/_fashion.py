@@ -40,7 +40,7 @@ def split(seed: int, sizes: list[int]) -> list[Data]:
     return [(images[part], labels[part]) for part in order[: sum(sizes)].split(sizes)]
 
 
-def test_part(seed: int, size: int = 2000) -> Data:
+def held_out(seed: int, size: int = 2000) -> Data:
     """Some of the 10,000 test images."""
     images, labels = _read("t10k")
     chosen = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))[:size]

@@ -1,8 +1,8 @@
 """Do independent runs make a better average under shift than as many moments of one run?
 
-A small network is trained on clothes and fine-tuned on others, slightly noisy, six times: with learning rates
-drawn at random and in an order of its own each time. One more run, with the middle learning rate, is as long and is
-kept at six moments of its second half. Test pictures are turned by 25 degrees, which no training picture is. Both averages
+A small network is trained on clothes and fine-tuned on others, slightly noisy, six times: with learning rates drawn
+at random and in an order of its own each time. One more run, with the middle learning rate, is as long and is kept at
+six moments of its second half. Test pictures are turned by 25 degrees, which no training picture is. Both averages
 re-estimate nothing: batch-norm statistics are averaged like the weights.
 """
 
@@ -10,7 +10,7 @@ import copy
 import random
 
 import torch
-from _fashion import accuracy, cnn, noisy, split, test_part, train, turned
+from _fashion import accuracy, cnn, held_out, noisy, split, train, turned
 
 import weightsmith as ws
 from weightsmith.claims import Claim
@@ -29,7 +29,7 @@ MEMBERS, EPOCHS = 6, 6
 def measure(seed: int) -> dict[str, float]:
     """Accuracies on turned test pictures, and how the members differ there."""
     first, second = split(seed, [5000, 2000])
-    plain = test_part(seed)
+    plain = held_out(seed)
     test = (turned(plain[0], 25), plain[1])
     base = cnn(seed)
     train(base, first, 2, seed)
@@ -47,7 +47,8 @@ def measure(seed: int) -> dict[str, float]:
     for name, members in (("six runs", runs), ("six moments of a run", moments)):
         ws.merge.mean(members).load_into(scratch)
         figures[name] = accuracy(scratch, test)
-        figures[f"ratio error, {name}"] = ws.inspect.diversity(torch.stack([said(m, test[0]) for m in members]), test[1]).ratio_error
+        predictions = torch.stack([said(member, test[0]) for member in members])
+        figures[f"ratio error, {name}"] = ws.inspect.diversity(predictions, test[1]).ratio_error
         figures[f"spread, {name}"] = ws.inspect.locality(members).spread
     return figures
 

@@ -1,22 +1,23 @@
 """Is the mean of siblings that learned other tasks a better start than the network they come from?
 
-A small network learns to tell five kinds of clothes apart. Four siblings of it are fine-tuned, each with a head of its own,
-on other tasks over all ten kinds: four ways to pair the kinds into five classes. Their trunks are averaged. From that start,
-and from the trunk of the first network, a new head and all weights are fine-tuned on 300 pictures of a fifth task:
-all ten kinds.
+A small network learns to tell five kinds of clothes apart. Four siblings of it are fine-tuned, each with a head of
+its own, on other tasks over all ten kinds: four ways to pair the kinds into five classes. Their trunks are averaged.
+From that start, and from the trunk of the first network, a new head and all weights are fine-tuned on 300 pictures of
+a fifth task: all ten kinds.
 """
 
 import copy
 
 import torch
-from _fashion import accuracy, cnn, split, test_part, train
+from _fashion import accuracy, cnn, held_out, split, train
 
 import weightsmith as ws
 from weightsmith.claims import Claim
 
 CLAIM = Claim(
     key="fusing",
-    statement="fine-tuned on few labels of a new task, the mean of four siblings is at least as accurate as their start",
+    statement="fine-tuned on few labels of a new task, the mean of four siblings is at least as accurate as their "
+    "start",
     method="fused",
     baseline="start",
     seeds=(0, 1, 2, 3, 4, 5, 6, 7),
@@ -27,7 +28,7 @@ SIBLINGS, FEW = 4, 300
 def measure(seed: int) -> dict[str, float]:
     """Test accuracies after fine-tuning on the new task, by start."""
     first, *others, few = split(seed, [4000, *[1500] * SIBLINGS, FEW])
-    test = test_part(seed)
+    test = held_out(seed)
     start = cnn(seed, classes=5)
     known = first[1] < 5
     train(start, (first[0][known], first[1][known]), 2, seed)

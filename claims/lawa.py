@@ -9,7 +9,7 @@ import contextlib
 import copy
 
 import torch
-from _fashion import Data, accuracy, cnn, split, test_part, train
+from _fashion import Data, accuracy, cnn, held_out, split, train
 from torch import nn
 
 import weightsmith as ws
@@ -33,7 +33,7 @@ class Asked(Exception):
 def measure(seed: int) -> dict[str, float]:
     """Test accuracies."""
     training, validation = split(seed, [1500, 1000])
-    test = test_part(seed)
+    test = held_out(seed)
     model = cnn(seed)
     checkpoints: list[ws.Weights] = []
 

@@ -1,15 +1,15 @@
 """Does an average gain by members that took a detour over other tasks?
 
-A small network is trained on clothes. Four copies are fine-tuned on auxiliary tasks, four ways to pair the ten kinds into
-five classes. Then every copy, under one head that was fitted to the first network, is fine-tuned on the target: all ten
-kinds. Their average is compared with the average of four runs that were all fine-tuned on the target from the first network
-itself, as long as both stages together. Test pictures are turned by 25 degrees.
+A small network is trained on clothes. Four copies are fine-tuned on auxiliary tasks, four ways to pair the ten kinds
+into five classes. Then every copy, under one head that was fitted to the first network, is fine-tuned on the target:
+all ten kinds. Their average is compared with the average of four runs that were all fine-tuned on the target from the
+first network itself, as long as both stages together. Test pictures are turned by 25 degrees.
 """
 
 import copy
 
 import torch
-from _fashion import accuracy, cnn, split, test_part, train, turned
+from _fashion import accuracy, cnn, held_out, split, train, turned
 from fusing import trunk, with_trunk
 
 import weightsmith as ws
@@ -29,7 +29,7 @@ MEMBERS = 4
 def measure(seed: int) -> dict[str, float]:
     """Accuracies on turned test pictures."""
     first, other, target = split(seed, [4000, 2000, 2000])
-    plain = test_part(seed)
+    plain = held_out(seed)
     test = (turned(plain[0], 25), plain[1])
     start = cnn(seed)
     train(start, first, 2, seed)

@@ -9,7 +9,7 @@ robust by itself, so the patched and the unpatched network both have it.
 import copy
 
 import torch
-from _fashion import THERE, accuracy, cnn, noisy, split, test_part, train
+from _fashion import THERE, accuracy, cnn, held_out, noisy, split, train
 
 import weightsmith as ws
 from weightsmith.claims import Claim
@@ -37,7 +37,7 @@ def measure(seed: int) -> dict[str, float]:
     train(clean, second, epochs=2, seed=seed, rate=2e-3)
     train(robust, second, epochs=2, seed=seed, rate=2e-3, augment=disturbed)
     train(target, third, epochs=2, seed=seed + 1, rate=2e-3)
-    test = test_part(seed)
+    test = held_out(seed)
     tests = {"noisy": (disturbed(test[0], torch.Generator().manual_seed(seed)), test[1]), "clean": test}
     calibration = disturbed(third[0][:1000], torch.Generator().manual_seed(seed + 1)).split(250)
 

@@ -333,7 +333,7 @@ def test_peft_loads_a_combination(pair: Any, combination: Any, tmp_path: Path):
         (gpt2, {"rank": 100}),
         (gpt2, {"rank": 2, "rest": "skip"}),
     ],
-    ids=str,
+    ids=lambda given: getattr(given, "__name__", str(given)),
 )
 def test_peft_loads_what_was_extracted(make: Any, options: dict[str, Any], tmp_path: Path):
     model = make()

@@ -540,7 +540,6 @@ def test_an_adapter_is_merged_into_its_model(made: dict[str, dict[str, Tensor]],
     adapter = ws.open({f"{prefix}.lora_A.weight": down, f"{prefix}.lora_B.weight": up})
     said = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
     adapter.with_files({"adapter_config.json": json.dumps(said).encode()}).save(tmp_path / "lora")
-    (tmp_path / "lora" / "model.safetensors").rename(tmp_path / "lora" / "adapter_model.safetensors")
     for model in ("a+lora", "{model: a, lora: lora}", "{model: {path: a}, lora: {path: lora}}"):
         merged = build(f"{{merge_method: passthrough, models: [{{model: {model}}}]}}")
         torch.testing.assert_close(merged[Q.format(1)], made["a"][Q.format(1)] + 2 * up @ down)

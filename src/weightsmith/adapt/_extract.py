@@ -82,7 +82,7 @@ def extract(
     for every weight of two axes (convolutions: of all but the first axis as one), computed at once, one
     tensor a thread in memory. The rank is the same for all, or the least that keeps a share of the change:
 
-    .. math:: r = \min \{ n : \textstyle\sum_{i \le n} \sigma_i^2 \ge e \sum_i \sigma_i^2 \}
+    .. math:: r = \min \{ n : \sum_{i \le n} \sigma_i^2 \ge e \sum_i \sigma_i^2 \}
 
     Args:
         model: the fine-tune.

@@ -33,7 +33,7 @@ def ema_coefficients(
 ) -> tuple[Tensor, float]:
     r"""How to mix stored averages into the average of another length.
 
-    .. math:: \min_c \left\| p - \textstyle\sum_i c_i p_i \right\|^2, \qquad
+    .. math:: \min_c \left\| p - \sum_i c_i p_i \right\|^2, \qquad
         p_i(\tau) = (\gamma_i + 1)\, \tau^{\gamma_i} / t_i^{\gamma_i + 1} \text{ for } 0 < \tau \le t_i
 
     by the profiles' inner products :math:`\frac{(\gamma_i + 1)(\gamma_j + 1)}{\gamma_i + \gamma_j + 1} \cdot

@@ -92,10 +92,11 @@ def _combine() -> click.Command:
     @option(
         "--combination",
         type=click.Choice(_COMBINATIONS),
+        metavar="HOW",
         default="cat",
         show_default=True,
         section=_METHOD,
-        help="cat is exact; svd is the nearest of a rank; the others are PEFT's.",
+        help=f"{', '.join(_COMBINATIONS)}: cat is exact, svd the nearest of a rank; the others are PEFT's.",
     )
     @option("--rank", type=click.IntRange(1), metavar="N", section=_METHOD, help="Of the result, for svd.")
     @option("--density", type=float, metavar="SHARE", section=_METHOD, help="Share kept by ties, dare and prune.")

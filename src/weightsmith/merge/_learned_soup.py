@@ -61,7 +61,7 @@ def learned_soup(
     r"""The average of models with the shares that fit held-out data best.
 
     .. math:: \min_{\alpha, \beta} \sum_{(x, y)}
-        \ell\Bigl(\beta\, f\bigl(x; \textstyle\sum_i \alpha_i w_i\bigr),\, y\Bigr), \qquad \alpha = \mathrm{softmax}(a)
+        \ell\Bigl(\beta\, f\bigl(x; \sum_i \alpha_i w_i\bigr),\, y\Bigr), \qquad \alpha = \mathrm{softmax}(a)
 
     The temperature :math:`\beta` keeps the search from buying certainty with shares; it changes no prediction, is
     not in the weights, and is named in ``lineage``. Only the search holds the models in memory; what it finds is

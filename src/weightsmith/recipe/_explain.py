@@ -30,7 +30,7 @@ def explain(weights: Weights) -> list[Line]:
 
     >>> a, b = {"w": torch.zeros(2)}, {"w": torch.ones(2)}
     >>> explain(ws.prune.magnitude(ws.merge.mean([a, b], weight=[1, 3]), 0.5, pattern="*"))[0].steps
-    ('mean(weight=[1, 3])', 'magnitude(sparsity=0.5)')
+    ('mean(weight=[1, 3])', 'magnitude()', 'mask()', 'masked()')
     """
     ties = weights.ties
     lines = []

@@ -5,6 +5,9 @@ The signature of the room: ``(models, ...) -> a mixture of experts``. Methods on
 """
 
 from weightsmith.card import table
+from weightsmith.merge.moe._assemble import assemble
+from weightsmith.merge.moe._document import assemble_document
+from weightsmith.merge.moe._experts import Expert
 from weightsmith.merge.moe._gaussian import Mixture, expected, fit, log_likelihood
 from weightsmith.merge.moe._transport import Reduced, reduce_mixture
 from weightsmith.merge.moe._weight_ensembling import Routing, WeightMixture, fold, weight_ensembling
@@ -12,14 +15,18 @@ from weightsmith.merge.moe._weight_ensembling import Routing, WeightMixture, fol
 METHODS = table(
     weight_ensembling,
     reduce_mixture,
+    assemble,
 )
 
 __all__ = [
     "METHODS",
+    "Expert",
     "Mixture",
     "Reduced",
     "Routing",
     "WeightMixture",
+    "assemble",
+    "assemble_document",
     "expected",
     "fit",
     "fold",

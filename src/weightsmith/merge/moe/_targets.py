@@ -17,7 +17,7 @@ from weightsmith.weights import dtype_name
 
 ROUTER = "gate.weight"
 FUSED = ("gate_up_proj", "down_proj")
-"""The experts of a layer as transformers 5 holds them: ``[experts, 2 * inner, hidden]``, ``[experts, hidden, inner]``."""
+"""A layer's experts as transformers 5 holds them: ``[experts, 2 * inner, hidden]``, ``[experts, hidden, inner]``."""
 
 _ATTENTION = r"self_attn\.[qkvo]_proj\.weight|(input|post_attention)_layernorm\.weight"
 
@@ -65,29 +65,6 @@ TARGETS: dict[str, Target] = {
             projections=("w1", "w3", "w2"),
         ),
         Target(
-            name="deepseek",
-            title="DeepSeek MoE",
-            takes=("llama", "mistral"),
-            class_name="DeepseekForCausalLM",
-            inside=_ATTENTION,
-            count="n_routed_experts",
-            with_shared=(False, True),
-            shared="shared_experts",
-            fused=False,
-            settings={
-                "first_k_dense_replace": 0,
-                "moe_layer_freq": 1,
-                "scoring_func": "softmax",
-                "norm_topk_prob": True,
-                "auto_map": {
-                    "AutoConfig": f"{_HUB}configuration_deepseek.DeepseekConfig",
-                    "AutoModel": f"{_HUB}modeling_deepseek.DeepseekModel",
-                    "AutoModelForCausalLM": f"{_HUB}modeling_deepseek.DeepseekForCausalLM",
-                },
-            },
-            sizes=("moe_intermediate_size",),
-        ),
-        Target(
             name="qwen2_moe",
             title="Qwen MoE",
             takes=("llama", "mistral", "qwen2"),
@@ -108,6 +85,29 @@ TARGETS: dict[str, Target] = {
             inside=_ATTENTION + r"|self_attn\.([qkvo]_proj\.bias|[qk]_norm\.weight)",
             count="num_experts",
             settings={"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True},
+            sizes=("moe_intermediate_size",),
+        ),
+        Target(
+            name="deepseek",
+            title="DeepSeek MoE",
+            takes=("llama", "mistral"),
+            class_name="DeepseekForCausalLM",
+            inside=_ATTENTION,
+            count="n_routed_experts",
+            with_shared=(False, True),
+            shared="shared_experts",
+            fused=False,
+            settings={
+                "first_k_dense_replace": 0,
+                "moe_layer_freq": 1,
+                "scoring_func": "softmax",
+                "norm_topk_prob": True,
+                "auto_map": {
+                    "AutoConfig": f"{_HUB}configuration_deepseek.DeepseekConfig",
+                    "AutoModel": f"{_HUB}modeling_deepseek.DeepseekModel",
+                    "AutoModelForCausalLM": f"{_HUB}modeling_deepseek.DeepseekForCausalLM",
+                },
+            },
             sizes=("moe_intermediate_size",),
         ),
     )
@@ -170,7 +170,7 @@ def settings(
         found.pop(key, None)
     found |= {"architectures": [target.class_name], "model_type": target.name, **sizes, **windows, **target.settings}
     found |= {target.count: experts, "num_experts_per_tok": per_token}
-    found |= {key: sizes["intermediate_size"] for key in target.sizes}
+    found |= dict.fromkeys(target.sizes, sizes["intermediate_size"])
     if target.name == "qwen2_moe":
         found["qkv_bias"] = kind == "qwen2"
     if target.name == "deepseek":

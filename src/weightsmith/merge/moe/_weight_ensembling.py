@@ -44,7 +44,7 @@ class Routing:
 class WeightMixture(nn.Module):
     r"""A layer whose weights are ``start + sum_i a_i direction_i``, with ``a`` found for each example by a router.
 
-    .. math:: a(x) = \frac1n \sum_{j=1}^{n} r(h_j), \qquad y = f\bigl(x;\; w_0 + \textstyle\sum_i a_i(x)\, d_i\bigr)
+    .. math:: a(x) = \frac1n \sum_{j=1}^{n} r(h_j), \qquad y = f\bigl(x;\; w_0 + \sum_i a_i(x)\, d_i\bigr)
 
     over the positions :math:`h_1, \dots, h_n` of an example.
 
