@@ -36,6 +36,8 @@ def test_examples_run(guide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
             name = re.match(r"# (\S+\.yaml)\n", code)
             assert name, f"{guide.name}:{line}: the first line of a YAML block is the name of its file"
             Path(name[1]).write_text(code, encoding="utf-8")
+            if guide.stem == "README":
+                run(["run", name[1]])
         elif kind == "python":
             exec(compile("\n" * line + code, str(guide), "exec"), names)
         elif kind == "pycon":
@@ -52,8 +54,10 @@ def make_inputs() -> None:
 
     import weightsmith as ws
 
-    for name in ("base", "run_a", "run_b"):
+    for name in ("base", "run_a", "run_b", "ckpt-100", "ckpt-200"):
         ws.Weights.of({"layers.0.weight": torch.randn(64, 64), "layers.0.bias": torch.randn(64)}).save(name)
+    Path("recipe.yaml").write_text("inputs: {a: run_a, b: run_b}\nsteps: {soup: {method: merge.mean, models: [a, b]}}\n"
+                                   "save: {made: soup}\n")  # fmt: skip
     writer = gguf.GGUFWriter("model.gguf", "unknown")
     writer.add_tensor("layer.weight", torch.randn(64, 64).numpy())
     writer.write_header_to_file()

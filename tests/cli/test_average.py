@@ -74,6 +74,7 @@ def test_json_alone(run, checkpoints, tmp_path):
     status, out, _ = run("average", *checkpoints, "-o", tmp_path / "out", "--json")
     assert status == 0
     assert json.loads(out)["tensors"] == 2
+    assert json.loads(out)["average"] == {"last": 6}
 
 
 # Search

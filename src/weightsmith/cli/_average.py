@@ -116,7 +116,7 @@ def average(paths: tuple[str, ...], **given: Any) -> None:
     if not given["as_json"]:
         for line in said:
             click.echo(clean(line))
-    save(made, given)
+    save(made, given, {"average": dict(made.lineage.options)})
 
 
 def _in_order(paths: tuple[str, ...]) -> list[str]:

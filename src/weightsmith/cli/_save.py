@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -81,8 +81,14 @@ def save_options(without: Collection[str] = ()) -> list[click.Option]:
     return [one for one in options if one.name not in without]
 
 
-def save(weights: Weights, given: dict[str, Any]) -> None:
-    """Write ``weights`` as the options of `save_options` say, and tell what was written."""
+def save(weights: Weights, given: dict[str, Any], found: Mapping[str, Any] | None = None) -> None:
+    """Write ``weights`` as the options of `save_options` say, and tell what was written.
+
+    Args:
+        weights: what to write.
+        given: the options.
+        found: what else ``--json`` tells.
+    """
     place = given["output"]
     if given.get("dtype"):
         weights = weights.cast(given["dtype"])
@@ -104,7 +110,7 @@ def save(weights: Weights, given: dict[str, Any]) -> None:
             raise Interrupted(f"{place}: interrupted; the same command with --resume goes on from here") from None
         raise
     if given.get("as_json"):
-        echo_json(dataclasses.asdict(saved))
+        echo_json({**dataclasses.asdict(saved), **(found or {})})
         return
     again = f", {plural(saved.resumed, 'piece')} found finished" if saved.resumed else ""
     written = f"{plural(saved.tensors, 'tensor')}, {size(saved.nbytes)} in {plural(len(saved.files), 'file')}"

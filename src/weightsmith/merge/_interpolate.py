@@ -26,6 +26,7 @@ from weightsmith.weights import Lazy, Spec, Weights, apply, materialize, open
 
 @card(
     paper="Wortsman et al. 2022, 'Robust fine-tuning of zero-shot models' (WiSE-FT, Equation 1)",
+    covers=("spurious-feature-diversification-improves",),
     needs=("base",),
     unit="element",
     laws=("model_order", "translation", "scale", "rotation"),

@@ -1,7 +1,11 @@
 """The average of several fine-tunes is often better than any of them.
 
 Fine-tunes of one start tend to lie in one wide valley of the loss. Their average lies nearer to its
-middle, where the loss is flat, and costs no more at inference than a single model.
+middle, where the loss is flat, and costs no more at inference than a single model. Which fine-tunes
+go in is another question: independent ones (Ramé et al. 2022, 'Diverse Weight Averaging for
+Out-of-Distribution Generalization'), ones that took a detour over other tasks (Ramé et al. 2023, 'Model
+Ratatouille'), or ones of other tasks without their heads, as a start for a new one (Choshen et al. 2022, 'Fusing
+finetuned models for better pretraining').
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ from weightsmith.weights import working
 @card(
     paper="Wortsman et al. 2022, 'Model soups: averaging weights of multiple fine-tuned models improves accuracy "
     "without increasing inference time' (uniform soup)",
-    covers=("model-soups",),
+    covers=("model-soups", "diwa", "model-ratatouille", "fusing"),
     unit="element",
     laws=("model_order", "agreement", "translation", "scale", "rotation"),
     claim="the uniform soup of fine-tunes is at least as good on held-out data as the best of them",
