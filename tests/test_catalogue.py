@@ -53,6 +53,8 @@ def measure(seed):
     return {"half": 0.5, "whole": 1.0}
 """
 
+VARIANT = CLAIM.replace('"half-paper"', '"half-paper", variant="big one"').replace("0.5", "1.5")
+
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
@@ -163,8 +165,16 @@ def replaced(old: str, new: str):
         ("claims/half_paper.py", replaced("CLAIM = Claim(", "OTHER = Claim("), "has a line CLAIM = Claim("),
         ("claims/half_paper.py", replaced('statement="a half is less than a whole"', "statement=WORDS"), "as text"),
         ("claims/half_paper.py", replaced('key="half-paper"', 'key="other"'), "its key 'other'"),
+        ("claims/other.py", lambda _: CLAIM.replace("half-paper", "other"), "unknown catalogue key 'other'"),
         ("claims/results/half-paper.json", lambda _: "{", "not a claim's result"),
         ("claims/results/lost.json", lambda _: "{}", "no claim claims/lost.py"),
+        ("claims/half_paper__big_one.py", lambda _: CLAIM, "'half-paper' and its variant '' do not make its name"),
+        (
+            "claims/half_paper__big_one.py",
+            lambda _: VARIANT,
+            "not measured; weightsmith claims run half-paper--big-one",
+        ),
+        ("claims/results/half-paper--big-one.json", lambda _: "{}", "no claim claims/half_paper__big_one.py"),
     ],
 )
 def test_a_gap_is_named(checkout: Path, name: str, change, said: str) -> None:
@@ -233,10 +243,24 @@ def test_public_names(checkout: Path) -> None:
 def test_evidence_of_a_paper(checkout: Path) -> None:
     (found,) = Catalogue(package(checkout)).evidence
     assert [m.name for m in found.methods] == ["halve"]
-    assert found.verdict == "does not hold"  # a half is not more than a whole
+    assert [m.verdict for m in found.measured] == ["does not hold"]  # a half is not more than a whole
     edit(checkout, "claims/half_paper.py", lambda text: text + "\n# changed")
+    edit(checkout, "claims/half_paper__big_one.py", lambda _: VARIANT)
     (found,) = Catalogue(package(checkout)).evidence
-    assert found.verdict == "stale"
+    assert [(m.claim.variant, m.verdict) for m in found.measured] == [("", "stale"), ("big one", "not measured")]
+    path = checkout / "claims/half_paper__big_one.py"
+    claims.write(claims.run(path), path)
+    (found,) = Catalogue(package(checkout)).evidence
+    assert [m.verdict for m in found.measured] == ["stale", "holds"]
+
+
+def test_a_variant_alone_is_a_claim_too(checkout: Path) -> None:
+    for file in ("claims/half_paper.py", "claims/results/half-paper.json"):
+        (checkout / file).unlink()
+    path = checkout / "claims/half_paper__big_one.py"
+    edit(checkout, "claims/half_paper__big_one.py", lambda _: VARIANT)
+    claims.write(claims.run(path), path)
+    assert check(package(checkout)) == []
 
 
 # This package
@@ -371,6 +395,20 @@ def test_write_then_check(checkout: Path, capsys: pytest.CaptureFixture[str]) ->
     edit(checkout, "tools/public_names.txt", lambda text: text.replace("weightsmith.Error\n", ""))
     assert tool().main(["--check"], checkout) == 1
     assert "lacks 'weightsmith.Error'" in capsys.readouterr().out
+
+
+def test_the_readme_has_a_row_for_each_claim(checkout: Path) -> None:
+    (checkout / "tools").mkdir()
+    (checkout / "README.md").write_text("<!-- claims:start --><!-- claims:end -->\n")
+    path = checkout / "claims/half_paper__big_one.py"
+    path.write_text(VARIANT)
+    claims.write(claims.run(path), path)
+    assert tool().main(["--write"], checkout) == 0
+    lines = (checkout / "README.md").read_text().splitlines()
+    assert [line.split(" | ")[0::3] for line in lines if "Halves" in line] == [
+        ["| Halves", "does not hold |"],
+        ["| Halves (big one)", "holds |"],
+    ]
 
 
 def test_a_lost_marker_is_an_error(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:

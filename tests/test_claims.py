@@ -125,6 +125,10 @@ def test_a_result_comes_back_as_it_was_written(path: Path) -> None:
     target = claims.write(result, path)
     assert target == path.parent / "results" / "two-words.json"
     assert claims.read(path) == result
+    fields = json.loads(target.read_text())
+    del fields["variant"]  # results that were written before there were variants have none
+    target.write_text(json.dumps(fields))
+    assert claims.read(path) == result
     assert [file.name for file in target.parent.iterdir()] == ["two-words.json"]
 
 
@@ -158,6 +162,7 @@ def test_helpers_are_imported_and_part_of_the_digest(path: Path) -> None:
         ("CLAIM =", "THING =", "defines CLAIM"),
         ("def measure", "def other", "defines CLAIM"),
         ('key="two-words"', 'key="three-words"', "belongs in three_words.py"),
+        ('key="two-words"', 'key="two-words", variant="big one"', "belongs in two_words__big_one.py"),
     ],
 )
 def test_what_a_claim_file_must_be(path: Path, old: str, new: str, said: str) -> None:
@@ -176,12 +181,61 @@ def test_a_missing_package_is_named(path: Path, change) -> None:
         claims.run(path)
 
 
+def test_missing_data_are_named(path: Path) -> None:
+    path.write_text(FILE.replace("return {", 'open("/no/such/images.gz")\n    return {'))
+    with pytest.raises(Error, match="claim two-words, seed 3: /no/such/images.gz is not there"):
+        claims.run(path)
+
+
 def test_find_names_what_it_lacks(path: Path) -> None:
     assert claims.find(path.parent) == claims.find(path.parent, ["two-words"]) == [path]
     with pytest.raises(Error, match=r"no claim for 'two-word' \(did you mean 'two-words'\?\)"):
         claims.find(path.parent, ["two-word"])
     with pytest.raises(Error, match="no such folder of claims"):
         claims.find(path.parent / "nowhere")
+
+
+# Several claims of one key
+
+
+@pytest.fixture
+def variant(path: Path) -> Path:
+    """A second claim of the key; another key begins like it."""
+    path.with_name("two_words_more.py").write_text(FILE.replace("two-words", "two-words-more"))
+    file = path.with_name("two_words__big_one.py")
+    file.write_text(FILE.replace('"two-words"', '"two-words", variant="big one"'))
+    return file
+
+
+def test_a_key_may_have_several_claims(path: Path, variant: Path) -> None:
+    assert claims.find(path.parent, ["two-words"]) == [path, variant]
+    assert claims.find(path.parent, ["two-words--big-one"]) == [variant]
+    assert claims.find(path.parent, ["two-words--big-one", "two-words"]) == [variant, path]  # none of them twice
+    assert [claims.claim_name(file) for file in claims.find(path.parent)] == [
+        "two-words",
+        "two-words--big-one",
+        "two-words-more",
+    ]
+    with pytest.raises(Error, match=r"no claim for 'two-words--big' \(did you mean 'two-words--big-one'\?\)"):
+        claims.find(path.parent, ["two-words--big"])
+    path.unlink()
+    assert claims.find(path.parent, ["two-words"]) == [variant]
+
+
+def test_the_claims_of_a_key_keep_their_own_results(path: Path, variant: Path) -> None:
+    said: list[str] = []
+    result = claims.run(variant, said.append)
+    assert (result.key, result.variant) == ("two-words", "big one")
+    assert said[0].startswith("two-words--big-one seed 3: ")
+    assert claims.write(result, variant).name == "two-words--big-one.json"
+    assert claims.read(variant) == result
+    assert claims.read(path) is None
+
+
+@pytest.mark.parametrize("name", ["big__one", "Big", "big--one", " big", "a/b"])
+def test_a_variant_is_some_plain_words(name: str) -> None:
+    with pytest.raises(Error, match="its variant is words of small letters"):
+        claim(variant=name)
 
 
 # The commands
@@ -214,6 +268,17 @@ def test_json_alone_is_on_standard_output(path: Path) -> None:
     assert ran.stderr == ""
 
 
+def test_the_commands_know_all_claims_of_a_key(path: Path, variant: Path) -> None:
+    folder = ("--folder", str(path.parent))
+    assert [r["variant"] for r in json.loads(invoke("run", "two-words", "--json", *folder).stdout)] == ["", "big one"]
+    shown = invoke("table", *folder).stdout
+    assert "holds  two-words--big-one" in shown
+    assert "not measured  two-words-more" in shown
+    variant.write_text("CLAIM = None")
+    ran = json.loads(invoke("run", "two-words--big-one", "--json", *folder).stdout)
+    assert (ran[0]["key"], ran[0]["variant"], ran[0]["verdict"]) == ("two-words", "big one", "failed")
+
+
 def test_one_failure_does_not_lose_the_others(path: Path) -> None:
     (path.parent / "another.py").write_text("CLAIM = None")
     ran = invoke("run", "--all", "--folder", str(path.parent))
@@ -222,6 +287,7 @@ def test_one_failure_does_not_lose_the_others(path: Path) -> None:
     assert claims.read(path) is not None
     assert json.loads(invoke("table", "--json", "--folder", str(path.parent)).stdout)[0] == {
         "key": "another",
+        "variant": "",
         "verdict": "not measured",
     }
 

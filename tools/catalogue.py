@@ -35,11 +35,12 @@ def methods_table(methods: Sequence[Method]) -> str:
 def claims_table(evidence: Sequence[Evidence]) -> str:
     """One row per measured claim."""
     lines = ["| paper | what was asserted here | measured, 95 % interval | verdict |", "|---|---|---|---|"]
-    for found in evidence:
-        if found.result is not None:
-            low, high = found.result.interval
-            measured = f"{found.result.difference:+.3g} [{low:+.3g}, {high:+.3g}]"
-            cells = (found.paper.title, found.result.statement, measured, found.verdict)
+    for paper, measured in ((found.paper, one) for found in evidence for one in found.measured):
+        if measured.result is not None:
+            low, high = measured.result.interval
+            figures = f"{measured.result.difference:+.3g} [{low:+.3g}, {high:+.3g}]"
+            variant = f" ({measured.claim.variant})" if measured.claim.variant else ""
+            cells = (paper.title + variant, measured.result.statement, figures, measured.verdict)
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines)
 

@@ -18,7 +18,7 @@ from sphinx.application import Sphinx
 from sphinx.config import Config
 from sphinx.ext.napoleon.docstring import GoogleDocstring
 
-from weightsmith.catalogue import INTERNAL, Catalogue, Evidence, Method
+from weightsmith.catalogue import INTERNAL, Catalogue, Evidence, Measured, Method, Paper
 from weightsmith.cli import root
 
 _SPAN = re.compile(r"``(.+?)``|`(.+?)`|(?<![\w-])(--[a-z][\w-]*)")
@@ -93,7 +93,7 @@ def method_page(method: Method, catalogue: Catalogue, evidence: dict[str, Eviden
         heading("Card", "-"),
         list_table(card_rows(method, catalogue), widths="20 80"),
         heading("Does it do what the paper says?", "-") if method.covers else "",
-        *(verdict_text(evidence[key]) for key in method.covers if key in evidence),
+        *(text for key in method.covers if key in evidence for text in verdict_texts(evidence[key])),
         heading("Source", "-"),
         f"``src/weightsmith/{method.file}``, line {method.line}; its test is ``{method.test}``.\n",
         ".. code-block:: python\n",
@@ -129,12 +129,16 @@ def card_rows(method: Method, catalogue: Catalogue) -> Iterator[tuple[str, str]]
         yield "Laws", "\n".join(f"| ``{law}``: {prose(laws.get(law, ''))}" for law in method.laws)
 
 
-def verdict_text(found: Evidence) -> str:
-    """What was asserted of a paper, and what came out."""
-    title = f"*{prose(found.paper.title)}* (``{found.paper.key}``): "
-    if found.claim is None:
-        return title + "not measured here yet.\n"
-    text = title + prose(found.claim.statement) + ".\n\n"
+def verdict_texts(found: Evidence) -> Iterator[str]:
+    """What was asserted of a paper, and what came out: one text for each claim."""
+    if not found.measured:
+        yield f"*{prose(found.paper.title)}* (``{found.paper.key}``): not measured here yet.\n"
+    for measured in found.measured:
+        yield verdict_text(found.paper, measured)
+
+
+def verdict_text(paper: Paper, found: Measured) -> str:
+    text = f"*{prose(paper.title)}* (``{found.claim.name}``): {prose(found.claim.statement)}.\n\n"
     if found.result is None:
         return text + badge(found.verdict) + "\n"
     low, high = found.result.interval
@@ -198,7 +202,12 @@ def room_page(room: str, catalogue: Catalogue, evidence: dict[str, Evidence]) ->
 
 
 def verdicts(method: Method, evidence: dict[str, Evidence]) -> str:
-    return " ".join(filter(None, (badge(evidence[key].verdict) for key in method.covers if key in evidence)))
+    return " ".join(badges(evidence[key]) for key in method.covers if key in evidence)
+
+
+def badges(found: Evidence) -> str:
+    """The verdicts on a paper's claims."""
+    return " ".join(badge(measured.verdict) for measured in found.measured)
 
 
 def rooms_page(catalogue: Catalogue) -> str:
@@ -218,13 +227,15 @@ def rooms_page(catalogue: Catalogue) -> str:
 
 def papers_page(evidence: Sequence[Evidence]) -> str:
     done = [e for e in evidence if e.methods]
-    measured = [e for e in evidence if e.result is not None]
-    verdict = {word: sum(e.verdict == word for e in measured) for word in ("holds", "does not hold", "undecided")}
+    measured = [m for e in evidence for m in e.measured if m.result is not None]
+    papers = sum(any(m.result is not None for m in e.measured) for e in evidence)
+    verdict = {word: sum(m.verdict == word for m in measured) for word in ("holds", "does not hold", "undecided")}
     counts = ", ".join(f"{count} {badge(word)}" for word, count in verdict.items() if count)
     parts = [
         ROLES,
         heading("Papers"),
-        f"The catalogue has {len(evidence)} papers. {len(done)} have a method here, {len(measured)} a measured claim"
+        f"The catalogue has {len(evidence)} papers. {len(done)} have a method here, {papers} a measured claim; "
+        f"{len(measured)} claims were measured"
         + (f": {counts}" if counts else "")
         + ". This page is made from the methods' cards and the results that are kept; nobody types it.\n",
         heading("What works", "-"),
@@ -236,18 +247,18 @@ def papers_page(evidence: Sequence[Evidence]) -> str:
 
 
 def _works(evidence: Sequence[Evidence]) -> Iterator[str]:
-    for family, members in by_family(e for e in evidence if e.methods or e.claim):
+    for family, members in by_family(e for e in evidence if e.methods or e.measured):
         yield heading(family, "~")
         yield list_table((_paper_row(e) for e in members), ("paper", "claim", "methods and tests"), "45 15 40", "wide")
 
 
 def _paper_row(found: Evidence) -> tuple[str, str, str]:
     places = [f"| {link(m)}\n| ``{m.file}:{m.line}``\n| ``{m.test}``" for m in found.methods]
-    return f"| {prose(found.paper.title)}\n| ``{found.paper.key}``", badge(found.verdict), "\n".join(places)
+    return f"| {prose(found.paper.title)}\n| ``{found.paper.key}``", badges(found), "\n".join(places)
 
 
 def _open(evidence: Sequence[Evidence]) -> Iterator[str]:
-    for family, members in by_family(e for e in evidence if not e.methods and not e.claim):
+    for family, members in by_family(e for e in evidence if not e.methods and not e.measured):
         yield heading(family, "~")
         yield "\n".join(f"- {prose(e.paper.title)} (``{e.paper.key}``)" for e in members) + "\n"
 

@@ -118,23 +118,28 @@ class Paper:
 
 
 @dataclasses.dataclass(frozen=True)
-class Evidence:
-    """What there is for a paper: the methods that name it, and its claim with the verdict."""
+class Measured:
+    """A claim, and what came of it."""
 
-    paper: Paper
-    methods: tuple[Method, ...]
-    claim: claims.Claim | None
+    claim: claims.Claim
     result: claims.Result | None
     stale: bool = False
 
     @property
     def verdict(self) -> str:
-        """``holds``, ``does not hold``, ``undecided``; ``stale`` or ``not measured``; empty without a claim."""
-        if self.claim is None:
-            return ""
+        """``holds``, ``does not hold``, ``undecided``; ``stale`` or ``not measured``."""
         if self.result is None:
             return "not measured"
         return "stale" if self.stale else self.result.verdict
+
+
+@dataclasses.dataclass(frozen=True)
+class Evidence:
+    """What there is for a paper: the methods that name it, and its claims, those without a variant first."""
+
+    paper: Paper
+    methods: tuple[Method, ...]
+    measured: tuple[Measured, ...]
 
 
 class Catalogue:
@@ -252,14 +257,16 @@ class Catalogue:
 
     def _evidence(self, paper: Paper) -> Evidence:
         methods = tuple(method for method in self.methods if paper.key in method.covers)
-        path = next((p for p in self.claim_files if p.name == claims.file_name(paper.key)), None)
-        if path is None:
-            return Evidence(paper, methods, None, None)
-        try:
-            claim, result = read_claim(path), claims.read(path)
-        except Error:
-            return Evidence(paper, methods, None, None)
-        return Evidence(paper, methods, claim, result, result is not None and claims.is_stale(result, path))
+        measured = (_measured(path) for path in self.claim_files if claims.key_of(path) == paper.key)
+        return Evidence(paper, methods, tuple(filter(None, measured)))
+
+
+def _measured(path: Path) -> Measured | None:
+    try:
+        claim, result = read_claim(path), claims.read(path)
+    except Error:
+        return None
+    return Measured(claim, result, result is not None and claims.is_stale(result, path))
 
 
 def methods() -> list[Method]:
@@ -324,12 +331,13 @@ def _claim_gaps(catalogue: Catalogue) -> Iterator[str]:
         return
     for path in catalogue.claim_files:
         yield from _one_claims_gaps(catalogue, path)
-    named = {path.name for path in catalogue.claim_files}
+    kept = {claims.result_path(path) for path in catalogue.claim_files}
     for result in sorted((catalogue.checkout / "claims" / "results").glob("*.json")):
-        if claims.file_name(result.stem) not in named:
+        if result not in kept:
             yield f"claims/results/{result.name}: no claim claims/{claims.file_name(result.stem)}"
+    named = {claims.key_of(path) for path in catalogue.claim_files}
     for key in sorted({key for method in catalogue.methods for key in method.covers if key in catalogue.papers}):
-        if claims.file_name(key) not in named:
+        if key not in named:
             yield f"{key}: covered by a method, but claims/{claims.file_name(key)} does not exist"
 
 
@@ -340,12 +348,14 @@ def _one_claims_gaps(catalogue: Catalogue, path: Path) -> Iterator[str]:
     except Error as error:
         yield f"{place}: {error}"
         return
-    if claims.file_name(claim.key) != path.name or claim.key not in catalogue.papers:
-        yield f"{place}: its key {claim.key!r} is not that of a paper of this name"
+    if claims.file_name(claim.key, claim.variant) != path.name:
+        yield f"{place}: its key {claim.key!r} and its variant {claim.variant!r} do not make its name"
+    if claim.key not in catalogue.papers:
+        yield f"{place}: unknown catalogue key {claim.key!r}{did_you_mean(claim.key, catalogue.papers)}"
     if result is None:
-        yield f"{place}: not measured; weightsmith claims run {claim.key}"
+        yield f"{place}: not measured; weightsmith claims run {claim.name}"
     elif claims.is_stale(result, path):
-        yield f"{place}: changed since it was measured; weightsmith claims run {claim.key}"
+        yield f"{place}: changed since it was measured; weightsmith claims run {claim.name}"
 
 
 def _where(method: Method) -> str:

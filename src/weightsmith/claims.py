@@ -6,6 +6,9 @@ A claim is a file ``claims/<key_with_underscores>.py`` with two names in it::
 
     def measure(seed: int) -> dict[str, float]: ...
 
+Further claims on the same paper are variants: ``Claim(key="model-soups", variant="text encoder", ...)``
+in ``claims/model_soups__text_encoder.py``, called ``model-soups--text-encoder`` where one is named.
+
 ``measure`` returns figures by name, among them those that `Claim.method` and `Claim.baseline` name.
 The runner takes, per seed, the difference *method minus baseline* (the other way round where lower
 is better, so that more is always better) and puts a 95 % Student interval around the mean of these
@@ -45,6 +48,7 @@ Verdict = Literal["holds", "does not hold", "undecided"]
 Measure = Callable[[int], Mapping[str, float]]
 
 CONFIDENCE = 0.95
+_SOURCE = "the claim's file or the helper that it imports says where its data come from"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,9 +64,10 @@ class Claim:
         margin: by how much it must be better, in the figures' unit; below 0 for "no worse than".
         seeds: one measurement each; at least two, or there is no interval.
         needs: packages that are not dependencies of weightsmith, by the name they are imported with.
+        variant: what sets this claim apart from the key's others, in a word or two; empty for the first.
 
     Raises:
-        Error: fewer than two seeds, or one named twice.
+        Error: fewer than two seeds, or one named twice; a variant that makes no file name.
     """
 
     key: str
@@ -73,10 +78,18 @@ class Claim:
     margin: float = 0.0
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     needs: tuple[str, ...] = ()
+    variant: str = ""
 
     def __post_init__(self) -> None:
         if len(set(self.seeds)) < max(len(self.seeds), 2):
-            raise Error(f"claim {self.key}: needs at least 2 different seeds, got {list(self.seeds)}")
+            raise Error(f"claim {self.name}: needs at least 2 different seeds, got {list(self.seeds)}")
+        if not re.fullmatch(r"([a-z0-9]+( [a-z0-9]+)*)?", self.variant):
+            raise Error(f"claim {self.key}: its variant is words of small letters and digits, got {self.variant!r}")
+
+    @property
+    def name(self) -> str:
+        """What it is called where one claim is meant: ``model-soups--text-encoder``."""
+        return claim_name(Path(file_name(self.key, self.variant)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,15 +115,34 @@ class Result:
     seconds: float
     versions: dict[str, str]
     digest: str
+    variant: str = ""
 
 
-def file_name(key: str) -> str:
-    """The name of a key's claim file.
+def file_name(key: str, variant: str = "") -> str:
+    """The name of a claim's file.
 
-    >>> file_name("model-soups")
-    'model_soups.py'
+    >>> file_name("model-soups"), file_name("model-soups", "text encoder")
+    ('model_soups.py', 'model_soups__text_encoder.py')
     """
-    return key.replace("-", "_") + ".py"
+    return "__".join(filter(None, (key, variant))).replace("-", "_").replace(" ", "_") + ".py"
+
+
+def claim_name(path: Path) -> str:
+    """What a claim file's claim is called: its key, with ``--`` and its variant where it has one.
+
+    >>> claim_name(Path("claims/model_soups__text_encoder.py"))
+    'model-soups--text-encoder'
+    """
+    return path.stem.replace("_", "-")
+
+
+def key_of(path: Path) -> str:
+    """The key of a claim file.
+
+    >>> key_of(Path("claims/model_soups__text_encoder.py"))
+    'model-soups'
+    """
+    return claim_name(path).partition("--")[0]
 
 
 def digest(path: Path) -> str:
@@ -128,31 +160,34 @@ def helpers(path: Path) -> list[Path]:
 
 
 def result_path(path: Path) -> Path:
-    """Where the result of a claim file is kept: ``results/<key>.json`` beside it."""
-    return path.parent / "results" / (path.stem.replace("_", "-") + ".json")
+    """Where the result of a claim file is kept: ``results/<name>.json`` beside it."""
+    return path.parent / "results" / f"{claim_name(path)}.json"
 
 
 def find(folder: Path, keys: Iterable[str] = ()) -> list[Path]:
-    """The claim files of a folder, or those of some keys.
+    """The claim files of a folder, or those of some keys; ``key--variant`` is one claim of a key.
 
     Raises:
         Error: the folder is not there, or has no claim for a key.
     """
     if not folder.is_dir():
         raise Error(f"{folder}: no such folder of claims; name one with --folder")
-    known = {path.stem.replace("_", "-"): path for path in sorted(folder.glob("[!_]*.py"))}
-    keys = list(keys) or list(known)
+    paths = sorted(folder.glob("[!_]*.py"), key=claim_name)
+    known = {claim_name(path): path for path in paths}
+    chosen: dict[Path, None] = {}
     for key in keys:
-        if key not in known:
+        found = [path for path in paths if key in (claim_name(path), key_of(path))]
+        if not found:
             raise Error(f"{folder}: no claim for {key!r}{did_you_mean(key, known)}; write {file_name(key)}")
-    return [known[key] for key in keys]
+        chosen |= dict.fromkeys(found)
+    return list(chosen) or paths
 
 
 def load(path: Path) -> tuple[Claim, Measure]:
     """The claim and the measurement of one file. Runs the file.
 
     Raises:
-        Error: the file lacks ``CLAIM`` or ``measure``, or is not named after its key.
+        Error: the file lacks ``CLAIM`` or ``measure``, or is not named after its key and variant.
         MissingPackage: a package that the claim needs is not installed.
     """
     spec = importlib.util.spec_from_file_location(f"weightsmith_claim_{path.stem}", path)
@@ -167,11 +202,11 @@ def load(path: Path) -> tuple[Claim, Measure]:
     claim, measure = getattr(module, "CLAIM", None), getattr(module, "measure", None)
     if not isinstance(claim, Claim) or not callable(measure):
         raise Error(f"{path}: a claim file defines CLAIM = Claim(...) and measure(seed)")
-    if path.name != file_name(claim.key):
-        raise Error(f"{path}: the claim of {claim.key!r} belongs in {file_name(claim.key)}")
+    if path.name != file_name(claim.key, claim.variant):
+        raise Error(f"{path}: the claim {claim.name} belongs in {file_name(claim.key, claim.variant)}")
     for package in claim.needs:
         if importlib.util.find_spec(package) is None:
-            raise missing(package, "claims", f"the claim {claim.key}")
+            raise missing(package, "claims", f"the claim {claim.name}")
     return claim, cast(Measure, measure)
 
 
@@ -191,20 +226,25 @@ def run(path: Path, tell: Callable[[str], None] = lambda line: None) -> Result:
     """Measure a claim on all of its seeds. ``tell`` is given one line per seed.
 
     Raises:
-        Error: ``measure`` does not return the figures that the claim names, or they are not finite.
+        Error: ``measure`` does not find its data, does not return the figures that the claim names, or they are
+            not finite.
     """
     claim, measure = load(path)
     told = digest(path)
     began = time.perf_counter()
     rows: list[dict[str, float]] = []
     for seed in claim.seeds:
-        rows.append(_checked(claim, seed, measure(seed)))
-        tell(f"{claim.key} seed {seed}: " + ", ".join(f"{name} {value:.4g}" for name, value in rows[-1].items()))
+        try:
+            figures = measure(seed)
+        except FileNotFoundError as error:
+            raise Error(f"claim {claim.name}, seed {seed}: {error.filename} is not there; {_SOURCE}") from None
+        rows.append(_checked(claim, seed, figures))
+        tell(f"{claim.name} seed {seed}: " + ", ".join(f"{name} {value:.4g}" for name, value in rows[-1].items()))
     return judge(claim, rows, seconds=time.perf_counter() - began, digest=told)
 
 
 def _checked(claim: Claim, seed: int, figures: Mapping[str, float]) -> dict[str, float]:
-    where = f"claim {claim.key}, seed {seed}"
+    where = f"claim {claim.name}, seed {seed}"
     for name in (claim.method, claim.baseline):
         if name not in figures:
             raise Error(f"{where}: measured no {name!r}, only {listed(map(repr, figures))}")
@@ -222,7 +262,7 @@ def judge(claim: Claim, rows: Sequence[Mapping[str, float]], *, seconds: float =
     'holds'
     """
     if len(rows) != len(claim.seeds):
-        raise Error(f"claim {claim.key}: {len(claim.seeds)} seeds but {len(rows)} rows of figures")
+        raise Error(f"claim {claim.name}: {len(claim.seeds)} seeds but {len(rows)} rows of figures")
     sign = 1 if claim.higher_is_better else -1
     differences = [sign * (row[claim.method] - row[claim.baseline]) for row in rows]
     mean, interval = statistics.fmean(differences), student_interval(differences)
@@ -239,7 +279,7 @@ def judge(claim: Claim, rows: Sequence[Mapping[str, float]], *, seconds: float =
     )
 
 
-_SHARED = ("key", "statement", "method", "baseline", "higher_is_better", "margin", "seeds")
+_SHARED = ("key", "variant", "statement", "method", "baseline", "higher_is_better", "margin", "seeds")
 
 
 def verdict(interval: tuple[float, float], margin: float) -> Verdict:

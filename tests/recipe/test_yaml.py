@@ -113,7 +113,7 @@ def test_errors_say_where(text: str, place: str, words: str):
 
 
 def test_what_is_no_text():
-    with pytest.raises(FormatError, match=r"f.yaml: "):
+    with pytest.raises(FormatError, match=r"f.yaml:1:4: "):
         load("a: \x00", "f.yaml")
 
 

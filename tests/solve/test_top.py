@@ -185,11 +185,10 @@ def counted(solver: Generator[Pass, Any, Any]) -> Generator[Pass, Any, tuple[Any
 def test_every_row_has_a_cut_of_its_own(k: int, n: int, levels: int, seed: int, data: st.DataObject):
     wanted = data.draw(st.lists(st.integers(0, n), min_size=k, max_size=k))
     rows = torch.randint(-levels, levels, (k, n), generator=torch.Generator().manual_seed(seed)).float()
-    told: list[tuple[int, int]] = []
 
     def keep(count: int, total: int) -> list[int]:
-        told.append((count, total))
-        return wanted
+        assert count == k
+        return [one * total // n if n else one for one in wanted]
 
     before = _lazy.CHUNK, _lazy.UNIT
     _lazy.CHUNK, _lazy.UNIT = 16, 32
@@ -198,31 +197,62 @@ def test_every_row_has_a_cut_of_its_own(k: int, n: int, levels: int, seed: int, 
     finally:
         _lazy.CHUNK, _lazy.UNIT = before
     assert in_memory(cuts_at(rows_of, keep), *rows) == streamed
-    assert told == [(k, n), (k, n)]
     for row, cut, count in zip(rows, streamed, wanted, strict=True):
         assert torch.equal(kept(row, cut), brute_force(row, count))
         assert torch.equal(torch.cat([kept(row[:7], cut), kept(row[7:], cut, 7)]), brute_force(row, count))
 
 
 @pytest.mark.parametrize(
-    ("values", "keep", "gathered", "readings"),
+    ("values", "keep", "gathered", "guess", "readings"),
     [
-        ([3.0, 1.0, 2.0, 4.0], 2, 9, 2),
-        ([3.0, 3.0, 2.0, 4.0], 2, 9, 2),
-        ([3.0, 3.0, 2.0, 4.0], 2, 2, 2),
-        ([3.0, 3.0, 2.0, 4.0], 2, 1, 4),
-        ([3.0, 1.0, 2.0, 4.0], 2, 0, 2),
-        ([3.0, 3.0, 2.0, 4.0], 3, 0, 2),
-        ([3.0, 3.0], 2, 0, 1),
-        ([3.0, 3.0], 0, 0, 1),
+        ([3.0, 1.0, 2.0, 4.0], 2, 9, True, 2),
+        ([3.0, 3.0, 2.0, 4.0], 2, 0, True, 2),
+        ([3.0, 3.0], 2, 0, True, 1),
+        ([3.0, 3.0], 0, 0, True, 1),
+        ([3.0, 1.0, 2.0, 4.0], 2, 9, False, 4),
+        ([3.0, 3.0, 2.0, 4.0], 2, 2, False, 4),
+        ([3.0, 3.0, 2.0, 4.0], 2, 1, False, 6),
+        ([3.0, 1.0, 2.0, 4.0], 2, 0, False, 4),
     ],
 )
 def test_it_reads_no_more_than_it_needs(
-    values: list[float], keep: int, gathered: int, readings: int, monkeypatch: pytest.MonkeyPatch
+    values: list[float], keep: int, gathered: int, guess: bool, readings: int, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(_top, "GATHERED", gathered)
-    found = in_memory(counted(cuts_at(rows_of, lambda k, n: [keep])), torch.tensor(values))
-    assert found[1] == readings
+    if not guess:
+        monkeypatch.setattr(_top, "_bounds", lambda histogram, keep, positive: None)
+    share = lambda k, n: [keep * n // len(values)]  # noqa: E731
+    found, count = in_memory(counted(cuts_at(rows_of, share)), torch.tensor(values))
+    assert count == readings
+    (cut,) = found
+    assert torch.equal(kept(torch.tensor(values), cut), brute_force(torch.tensor(values), keep))
+
+
+@pytest.mark.parametrize("guess", ["as it is", "none", "too high", "too low"])
+@pytest.mark.parametrize("gathered", [2**21, 3])
+@pytest.mark.parametrize("kind", ["alike", "its first part is larger", "many are equal", "nearly all are zero"])
+@pytest.mark.usefixtures("small_pieces")
+def test_whatever_the_sample_says_the_cut_is_exact(
+    kind: str, gathered: int, guess: str, monkeypatch: pytest.MonkeyPatch
+):
+    generator = torch.Generator().manual_seed(3)
+    values = torch.randn(3000, generator=generator)
+    if kind == "its first part is larger":
+        values[:1000] *= 1000
+    elif kind == "many are equal":
+        values = (values * 4).round()
+    elif kind == "nearly all are zero":
+        values *= torch.rand(3000, generator=generator) > 0.97
+    monkeypatch.setattr(_top, "GATHERED", gathered)
+    bounds = {"none": None, "too high": (0x7F000000, 0x7F010000), "too low": (-(2**31), -(2**31) + 2**16)}
+    if guess in bounds:
+        monkeypatch.setattr(_top, "_bounds", lambda histogram, keep, positive: bounds[guess])
+    for positive, row in ((False, values), (True, values.abs())):
+        for share in (0.001, 0.2, 0.5, 0.999):
+            keep = int(share * 3000)
+            solver = partial(cuts_at, rows_of, lambda k, n, share=share: [int(share * n)], positive)
+            (cut,) = Reduction([Inputs([Held(row)], "element")], solver).value()
+            assert torch.equal(kept(row, cut), brute_force(row, keep)), (positive, share)
 
 
 def test_everything_and_nothing():

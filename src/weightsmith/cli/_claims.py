@@ -14,27 +14,37 @@ from weightsmith import claims
 from weightsmith.cli._manual import Manual, json_option, option
 from weightsmith.errors import Error
 
-_RUN = [("weightsmith claims run model-soups swa", "Two claims; their results are kept in claims/results.")]
+_RUN = [
+    ("weightsmith claims run model-soups swa", "All claims of two papers; their results are kept in claims/results."),
+    ("weightsmith claims run model-soups--text-encoder", "One of a paper's claims."),
+]
 _TABLE = [("weightsmith claims table --markdown", "Every result, as a table for a page.")]
 _STYLES = {"holds": "green", "does not hold": "red", "undecided": "yellow"}
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
-    """One record per claim file, by key: its result, or ``{"key", "verdict": "not measured"}``."""
+    """One record per claim file, by name: its result, or ``{"key", "variant", "verdict": "not measured"}``."""
     found = []
     for path in claims.find(folder):
         result = claims.read(path)
         if result is None:
-            found.append({"key": path.stem.replace("_", "-"), "verdict": "not measured"})
+            found.append({**_named(path), "verdict": "not measured"})
         else:
             found.append({**dataclasses.asdict(result), "stale": claims.is_stale(result, path)})
     return found
 
 
+def _named(path: Path) -> dict[str, str]:
+    """Key and variant of a claim that nothing else is known of."""
+    key, _, variant = path.stem.partition("__")
+    return {"key": key.replace("_", "-"), "variant": variant.replace("_", " ")}
+
+
 def cells(record: dict[str, Any]) -> tuple[str, str, str, str]:
-    """Key, statement, measured difference and verdict of a record, as text."""
+    """Name, statement, measured difference and verdict of a record, as text."""
+    name = claims.claim_name(Path(claims.file_name(record["key"], record["variant"])))
     if "interval" not in record:
-        return record["key"], "", "", record["verdict"]
+        return name, "", "", record["verdict"]
     low, high = record["interval"]
     better = "" if record["higher_is_better"] else ", lower is better"
     measured = (
@@ -42,7 +52,7 @@ def cells(record: dict[str, Any]) -> tuple[str, str, str, str]:
         f"[{low:+.3g}, {high:+.3g}], asserted ≥ {record['margin']:g}, {len(record['seeds'])} seeds"
     )
     stale = " (stale: the claim was changed since)" if record["stale"] else ""
-    return record["key"], record["statement"], measured, record["verdict"] + stale
+    return name, record["statement"], measured, record["verdict"] + stale
 
 
 def markdown(records: Sequence[dict[str, Any]]) -> str:
@@ -58,9 +68,9 @@ def _print_table(records: Sequence[dict[str, Any]]) -> None:
 
     console = Console()
     for record in records:
-        key, statement, measured, verdict = cells(record)
+        name, statement, measured, verdict = cells(record)
         style = _STYLES.get(verdict, "dim")
-        console.print(Text.assemble((verdict, style), "  ", (key, "bold")))
+        console.print(Text.assemble((verdict, style), "  ", (name, "bold")))
         for line in filter(None, (statement, measured)):
             console.print(Padding(Text(line), (0, 0, 0, 2)))
 
@@ -72,7 +82,7 @@ def _run(paths: Sequence[Path], quiet: bool) -> list[dict[str, Any]]:
         try:
             result = claims.run(path, tell=lambda line: None if quiet else click.echo(line, err=True))
         except Error as error:
-            records.append({"key": path.stem.replace("_", "-"), "verdict": "failed", "error": str(error)})
+            records.append({**_named(path), "verdict": "failed", "error": str(error)})
             continue
         claims.write(result, path)
         records.append({**dataclasses.asdict(result), "stale": False})
@@ -96,7 +106,7 @@ def group() -> click.Group:
         """Measure what papers say, on real data and several seeds."""
 
     @claims_group.command("run", cls=Manual, examples=_RUN)
-    @click.argument("keys", nargs=-1, metavar="KEY...")
+    @click.argument("keys", nargs=-1, metavar="KEY[--VARIANT]...")
     @option("--all", "everything", is_flag=True, section="Which claims", help="Every claim of the folder.")
     @json_option
     @_folder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -84,7 +85,7 @@ def run(path: str, **given: Any) -> None:
     output, report, dry = given.pop("output"), given.pop("report"), given.pop("dry_run")
     settings = Settings(**{key: value for key, value in given.items() if value is not None})
     if isinstance(recipe, Foreign):
-        _foreign(recipe, output, settings, dry, as_json)
+        _foreign(recipe, output, report, settings, dry, as_json)
         return
     recipe = _redirected(recipe, output, report)
     if dry:
@@ -111,11 +112,13 @@ def _redirected(recipe: Recipe, output: str | None, report: str | None) -> Recip
     return dataclasses.replace(recipe, report=report) if report else recipe
 
 
-def _foreign(recipe: Foreign, output: str | None, settings: Settings, dry: bool, as_json: bool) -> None:
+def _foreign(recipe: Foreign, output: str | None, report: str | None, settings: Settings, dry: bool, as_json: bool) -> None:
     from weightsmith.recipe import _foreign
 
     for line in recipe.warnings:
         click.echo(f"weightsmith: note: {clean(line)}", err=True)
+    if report is not None:
+        raise click.UsageError("a mergekit file measures nothing, so --report has no meaning")
     if output is None:
         raise click.UsageError("a mergekit file does not say where its result goes; add -o FOLDER")
     if dry:
@@ -133,7 +136,7 @@ def _foreign(recipe: Foreign, output: str | None, settings: Settings, dry: bool,
 
 def _say_plan(planned: list[Planned], as_json: bool) -> None:
     if as_json:
-        echo_json([dataclasses.asdict(one) for one in planned])
+        echo_json([_plain(dataclasses.asdict(one)) for one in planned])
         return
     rows = [
         [
@@ -199,7 +202,16 @@ def _saved(saved: Any) -> str:
 def _record(ran: Ran) -> dict[str, Any]:
     return {
         "saved": [dataclasses.asdict(one) for one in ran.saved],
-        "measured": [dataclasses.asdict(row) for row in ran.rows],
-        "kept": ran.best,
+        "measured": [_plain(dataclasses.asdict(row)) for row in ran.rows],
+        "kept": _plain(ran.best),
         "report": ran.report,
     }
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no word for infinity or NaN; they are said as texts."""
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_plain(inner) for inner in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

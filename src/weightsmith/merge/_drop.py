@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 
 from weightsmith.errors import Error
+from weightsmith.merge._parts import workspace
 from weightsmith.merge._trim import Dialect, Numbers, Trim, Trimming, fractions, known, scaled
 
 _PIECE = 2**14
-"""Numbers that are drawn at once."""
+"""Numbers of 64 bits that are drawn at once."""
 
-PER_COUNT = 8
-"""Numbers of 32 bits that one step of the Philox counter makes."""
+CLOSE = 1e-4
+"""How near, in proportion, a probability must be to a multiple of 2**-16 for numbers of 16 bits to do."""
 
 
 def keep_random(
@@ -83,7 +84,8 @@ def _drawn(
             mask = uniform(numbers, start=start, seed=seed, key=key_of_model).to(delta.device) < chance
         else:
             mask = below(float(chance), numbers, start=start, seed=seed, key=key_of_model).to(delta.device)
-        factor = mask.view(torch.uint8).to(delta.dtype)  # by way of bytes: torch turns booleans to floats one by one
+        # By way of bytes: torch turns booleans to floats one by one.
+        factor = workspace(delta.shape, delta.dtype, delta.device, "factor").copy_(mask.view(torch.uint8))
         delta.mul_(factor.div_(chance.clamp(min=torch.finfo(chance.dtype).tiny)) if inverse else factor)
     return deltas
 
@@ -107,34 +109,43 @@ def uniform(count: int, *, start: int, seed: int, key: str) -> Tensor:
     True
     """
     found = np.empty(count, dtype=np.float32)
-    for place, bits in _bits(count, start, seed, key):
+    for place, bits in _bits(count, start, seed, key, 32):
         np.multiply(bits >> 8, np.float32(2**-24), out=found[place : place + len(bits)], casting="same_kind")
     return torch.from_numpy(found)
 
 
 def below(chance: float, count: int, *, start: int, seed: int, key: str) -> Tensor:
-    """``uniform(...) < chance``, without making floats of the numbers first.
+    """Elements ``start`` to ``start + count`` of an endless row of booleans, true with the probability ``chance``.
 
-    >>> torch.equal(below(0.3, 9, start=2, seed=1, key="w"), uniform(9, start=2, seed=1, key="w") < 0.3)
+    >>> torch.equal(below(0.3, 5, start=3, seed=0, key="w"), below(0.3, 8, start=0, seed=0, key="w")[3:])
     True
     """
-    limit = math.ceil(chance * 2**24)  # of the 24 bits that a float32 holds
-    if not 0 < limit < 2**24:
+    short = round(chance * 2**16)
+    width = 16 if abs(short / 2**16 - chance) <= CLOSE * min(chance, 1 - chance) else 32
+    limit = round(chance * 2**width)
+    if not 0 < limit < 2**width:
         return torch.full((count,), limit > 0)
     found = np.empty(count, dtype=np.bool_)
-    for place, bits in _bits(count, start, seed, key):
-        np.less(bits, np.uint32(limit << 8), out=found[place : place + len(bits)])
+    for place, bits in _bits(count, start, seed, key, width):
+        np.less(bits, bits.dtype.type(limit), out=found[place : place + len(bits)])
     return torch.from_numpy(found)
 
 
-def _bits(count: int, start: int, seed: int, key: str) -> Iterator[tuple[int, np.ndarray]]:
-    """The row of 32-bit numbers from ``start`` on, in pieces that stay in the cache, each with its place."""
-    named = hashlib.blake2b(json.dumps([int(seed), key]).encode(), digest_size=16).digest()
-    counter, skipped = divmod(start, PER_COUNT)
-    source = np.random.Philox(key=int.from_bytes(named, "little"), counter=counter)
-    place = -skipped
+def _bits(count: int, start: int, seed: int, key: str, width: int) -> Iterator[tuple[int, np.ndarray]]:
+    """The row of numbers of ``width`` bits from ``start`` on, in pieces that stay in the cache, each with its place."""
+    named = hashlib.blake2b(json.dumps([int(seed), key]).encode(), digest_size=32).digest()
+    state, odd = int.from_bytes(named[:16], "little"), int.from_bytes(named[16:], "little") | 1
+    per = 64 // width
+    skipped, inside = divmod(start, per)
+    source = np.random.PCG64DXSM(0)
+    source.state = {
+        "bit_generator": "PCG64DXSM", "state": {"state": state, "inc": odd}, "has_uint32": 0, "uinteger": 0
+    }  # fmt: skip
+    source.advance(skipped)
+    place = -inside
     while place < count:
-        bits = source.random_raw(_PIECE // 2).astype("<u8", copy=False).view("<u4")
+        wanted = min(_PIECE, -(-(count - place) // per))
+        bits = source.random_raw(wanted).astype("<u8", copy=False).view(f"<u{width // 8}")
         first = max(-place, 0)
         yield place + first, bits[first : count - place]
-        place += _PIECE
+        place += wanted * per

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from weightsmith.errors import Error, listed
-from weightsmith.weights import Lazy, Pattern, Weights, same_names
+from weightsmith.weights import Lazy, Pattern, Weights, dtype_name, same_names
 from weightsmith.weights._files import Bytes, read_bytes
 
 Rest = Literal["error", "base", "first", "drop"]
@@ -49,6 +49,13 @@ def check_alike(models: Sequence[Weights], base: Weights | None, method: str, hi
         ]
         if wrong:
             raise Error(f"{method}: model 1 and {who} differ in shape: {listed(wrong)}{hint}")
+        wrong = [
+            f"{name} {dtype_name(first.spec(name).dtype)} against {dtype_name(other.spec(name).dtype)}"
+            for name in first
+            if _kind(first, name) != _kind(other, name)
+        ]
+        if wrong:
+            raise Error(f"{method}: model 1 and {who} differ in whether they hold floats: {listed(wrong)}{hint}")
 
 
 @dataclass(frozen=True)

@@ -31,18 +31,19 @@ _KEPT = 2**23
 """Bytes up to which a workspace is kept: chunks are smaller, whole tensors may be larger."""
 
 
-def workspace(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """An uninitialised tensor that nobody keeps: this thread's next one of the dtype is in the same place.
+def workspace(shape: Sequence[int], dtype: torch.dtype, device: torch.device, place: str = "") -> Tensor:
+    """An uninitialised tensor that nobody keeps: this thread's next one of the dtype and ``place`` is in its place.
 
     Fresh memory for every chunk costs more, in page faults, than the arithmetic on it.
     """
     size = math.prod(shape)
     if device.type != "cpu" or size * dtype.itemsize > _KEPT:
         return torch.empty(tuple(shape), dtype=dtype, device=device)
-    kept: dict[torch.dtype, Tensor] = _own.__dict__.setdefault("buffers", {})
-    if dtype not in kept or kept[dtype].numel() < size:
-        kept[dtype] = torch.empty(size, dtype=dtype)
-    return kept[dtype][:size].view(tuple(shape))
+    kept: dict[tuple[str, torch.dtype], Tensor] = _own.__dict__.setdefault("buffers", {})
+    key = (place, dtype)
+    if key not in kept or kept[key].numel() < size:
+        kept[key] = torch.empty(size, dtype=dtype)
+    return kept[key][:size].view(tuple(shape))
 
 
 def shares(weight: float | Sequence[float] | None, count: int, normalize: bool) -> list[float]:

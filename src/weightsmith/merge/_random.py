@@ -74,7 +74,7 @@ def dare_linear(
 
     >>> base, models = torch.zeros(5), torch.ones(1, 5)
     >>> dare_linear(models, base, density=0.5, dialect="paper")
-    tensor([0., 2., 0., 0., 2.])
+    tensor([2., 0., 2., 0., 2.])
     """
     at_least(1, models, "dare_linear")
     trim = trim_of(models, base, solved, keep_random(density, rescale, dialect, seed, key))
@@ -270,7 +270,7 @@ def della_linear(
 
     >>> base, models = torch.zeros(4), torch.tensor([[1.0, 2.0, 3.0, 4.0]])
     >>> della_linear(models, base, rescale=False, seed=1)
-    tensor([0., 2., 0., 4.])
+    tensor([0., 2., 0., 0.])
     """
     at_least(1, models, "della_linear")
     trim = trim_of(models, base, None, keep_by_rank(base.shape, density, epsilon, rescale, dialect, seed, key))

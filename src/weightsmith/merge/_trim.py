@@ -150,8 +150,15 @@ def _masses(models: Tensor, base: Tensor, *, trim: Trim, start: int) -> Tensor:
     return torch.stack([torch.stack(before), torch.stack(after)])
 
 
+_BLOCK = 512
+"""Magnitudes that are added up in their own precision before they join the float64 sum."""
+
+
 def _mass(row: Tensor) -> Tensor:
-    return workspace(row.shape, torch.float64, row.device).copy_(row).abs_().sum()
+    """The sum of magnitudes in float64."""
+    size = torch.abs(row, out=workspace(row.shape, row.dtype, row.device, "size"))
+    whole = len(size) - len(size) % _BLOCK
+    return size[:whole].view(-1, _BLOCK).sum(dim=1).double().sum() + size[whole:].double().sum()
 
 
 def _balance(models: Tensor, base: Tensor, *, trim: Trim, start: int) -> Tensor:
@@ -196,10 +203,11 @@ def elected(
         sign = _sum(deltas) if dialect == "mergekit" else _sum(deltas.sign())
     sign = sign.sign_().add_(0.5 * tie).sign_()
     agreeing = [row.mul_(sign).relu_() for row in deltas]
-    number = torch.zeros_like(sign)
+    number = workspace(sign.shape, sign.dtype, sign.device, "number").zero_()
     if how == "mean":
+        has = workspace(sign.shape, sign.dtype, sign.device, "has")
         for row, one in zip(agreeing, weights, strict=True):
-            number.add_(row.sign(), alpha=1.0 if by_number else one)
+            number.add_(torch.sign(row, out=has), alpha=1.0 if by_number else one)
     if by_number:
         _weighted(deltas, weights)
     if how == "max":

@@ -15,6 +15,7 @@ from typing import Any
 
 from weightsmith.errors import Error
 from weightsmith.recipe._expression import evaluated
+from weightsmith.recipe._kinds import kind
 from weightsmith.recipe._schema import Input, Recipe, Step, base_name
 from weightsmith.recipe._yaml import Node, plain
 from weightsmith.weights import Weights, by_depth, open
@@ -68,9 +69,9 @@ def _opened(given: Input) -> Weights:
     try:
         return open(os.path.expanduser(str(given.path.value)), **given.options)
     except Error as error:
-        raise given.path.error(str(error)) from None
+        raise placed(place_of(given.places, str(error), given.path), str(error)) from None
     except OSError as error:
-        raise given.path.error(f"{given.path.value}: {error.strerror or error}") from None
+        raise placed(given.path, f"{given.path.value}: {error.strerror or error}") from None
 
 
 def _called(step: Step, found: Mapping[str, Any], trial: bool) -> Any:
@@ -86,32 +87,49 @@ def _called(step: Step, found: Mapping[str, Any], trial: bool) -> Any:
         if isinstance(error, Placed):
             raise
         raise _at(step, error) from None
-    except (TypeError, KeyError, AttributeError) as error:
-        raise _at(step, error) from error
+    except (MemoryError, ImportError):
+        raise
+    except Exception as error:  # methods check what they are told; what slips through is said all the same
+        raise _at(step, Error(f"{step.said} failed: {type(error).__name__}: {error}")) from error
     several = isinstance(made, list | tuple) and made and all(isinstance(one, Weights) for one in made)
     if not isinstance(made, Weights) and not several:
         raise step.node.error(f"step {step.name}: {step.said} makes a {type(made).__name__}, not weights")
     return list(made) if several else made
 
 
+def any_eager(recipe: Recipe) -> bool:
+    """Whether a step computes when it is called, so that a trial does not know what it makes."""
+    return any(step.method is not None and step.method.is_eager for step in recipe.steps.values())
+
+
 class Placed(Error):
     """An error that says already where in the file it is."""
 
 
+def placed(node: Node, text: str) -> Placed:
+    """An error with the place of a node."""
+    return Placed(str(node.error(text)))
+
+
+def place_of(options: Mapping[str, Node], text: str, otherwise: Node) -> Node:
+    """Where the only option stands that a message speaks of, by its name or by its value."""
+    spoken = [key for key in options if re.search(rf"(?<![\w.]){re.escape(key)}(?![\w.])", text)]
+    if len(spoken) != 1:
+        spoken = [key for key, node in options.items() if isinstance(node.value, str) and repr(node.value) in text]
+    return options[spoken[0]] if len(spoken) == 1 else otherwise
+
+
 def _at(step: Step, error: Exception) -> Error:
     """The error with its place: that of the option it speaks of, else that of the step."""
-    text = str(error)
-    spoken = [key for key in step.arguments if re.search(rf"(?<![\w.]){re.escape(key)}(?![\w.])", text)]
-    node = step.arguments[spoken[0]] if len(spoken) == 1 else step.node
-    made = node.error(f"step {step.name}: {text}")
-    return Placed(str(made))
+    node = step.expression or place_of(step.arguments, str(error), step.node)
+    return placed(node, f"step {step.name}: {error}")
 
 
 def _stand_in(step: Step, arguments: Mapping[str, Any]) -> Weights:
     given = next((value for value in arguments.values() if isinstance(value, Weights | list) and value), None)
     first = given[0] if isinstance(given, list) else given
     if not isinstance(first, Weights):
-        raise step.node.error(f"step {step.name}: {step.said} is given no weights")
+        raise placed(step.node, f"step {step.name}: {step.said} is given no weights")
     return first
 
 
@@ -119,7 +137,7 @@ def _argument(step: Step, key: str, node: Node, found: Mapping[str, Any]) -> Any
     if step.method is not None and step.method.takes_weights(key):
         return _weights(node, found)
     if key == "evaluate":
-        return _evaluator(node)
+        return evaluator_at(node)
     return _value(node)
 
 
@@ -130,20 +148,23 @@ def _weights(node: Node, found: Mapping[str, Any]) -> Any:
     if isinstance(value, str):
         if base_name(value) in found:
             whole = found[base_name(value)]
-            return list(whole) if isinstance(whole, list) and "." not in value else lookup(found, value)
+            try:
+                return list(whole) if isinstance(whole, list) and "." not in value else lookup(found, value)
+            except Error as error:
+                raise placed(node, str(error)) from None
         return _opened(Input(node, {}))
     return _value(node)
 
 
-def _evaluator(node: Node) -> Any:
+def evaluator_at(node: Node) -> Any:
     from weightsmith.evaluators import evaluator
 
     if not isinstance(node.value, str):
-        raise Placed(str(node.error("evaluate: must be a text such as score.py:accuracy or text:held_out.txt")))
+        raise placed(node, "evaluate: must be a text such as score.py:accuracy or text:held_out.txt")
     try:
         return evaluator(node.value)
     except Error as error:
-        raise Placed(str(node.error(str(error)))) from None
+        raise placed(node, str(error)) from None
 
 
 def _value(node: Node) -> Any:
@@ -164,7 +185,9 @@ def _from_python(node: Node) -> Any:
     """What a name in a Python file of the user's stands for; a function without arguments is called."""
     from weightsmith.evaluators import from_file
 
+    if not isinstance(node.value, str):
+        raise placed(node, f"python: must be a text such as data.py:batches, got {kind(node)}")
     try:
-        return from_file(str(node.value))
+        return from_file(node.value)
     except Error as error:
-        raise Placed(str(node.error(str(error)))) from None
+        raise placed(node, str(error)) from None

@@ -12,6 +12,7 @@ from typing import Any
 from weightsmith.card import Card
 from weightsmith.catalogue import Catalogue
 from weightsmith.errors import did_you_mean
+from weightsmith.recipe._kinds import kind
 from weightsmith.recipe._yaml import Node
 
 HIDDEN = ("on_step",)
@@ -59,7 +60,7 @@ def find(node: Node) -> Method:
     """The method that a node names."""
     name = node.value
     if not isinstance(name, str):
-        raise node.error(f"method: must be a name such as merge.ties, got {name!r}")
+        raise node.error(f"method: must be a name such as merge.ties, got {kind(node)}")
     from weightsmith.recipe._verbs import VERBS
 
     if name in VERBS:

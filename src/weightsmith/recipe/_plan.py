@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from weightsmith.recipe._build import build, lookup
-from weightsmith.recipe._save import Settings, dressed
+from weightsmith.errors import Error
+from weightsmith.recipe._build import any_eager, build, evaluator_at, lookup, place_of
+from weightsmith.recipe._places import Places, check_report
+from weightsmith.recipe._save import Settings, dressed, finished
 from weightsmith.recipe._schema import Output, Recipe
 from weightsmith.recipe._sweep import Variant, variants
+from weightsmith.recipe._yaml import Node
 from weightsmith.weights import Scratch, Weights
 from weightsmith.weights._execute import default_threads
 from weightsmith.weights._lazy import UNIT, Lazy, reductions_of
 from weightsmith.weights._lazy import Output as Computed
+from weightsmith.weights._save import check_executor
 
 
 @dataclass(frozen=True)
@@ -45,20 +49,35 @@ def plan(recipe: Recipe, settings: Settings | None = None) -> list[Planned]:
         Error: what is wrong, with its line and column.
     """
     settings = settings or Settings()
+    check_executor(settings.executor, settings.threads, settings.workers)
+    check_report(recipe)
+    for measure in recipe.measures:
+        evaluator_at(measure.spec)
     made: dict[tuple[str, str], Any] = {}
     found: list[Planned] = []
     known: dict[int, float] = {}
+    places = Places(recipe)
     for variant in variants(recipe):
         built = build(variant.recipe, made, trial=True)
-        for output in variant.recipe.outputs:
-            path = variant.path(output)
-            if any(path == other.path for other in found):
-                continue  # the best of a sweep is kept there; any of them says what it takes
-            found.append(_planned(variant, output, lookup(built, output.weights), path, settings, known))
+        places.read_from(built)
+        for output, planned in zip(recipe.outputs, variant.recipe.outputs, strict=True):
+            weights = _referenced(built, output.weights, output.node)
+            path = variant.path(output)  # the caller's output: it may have been given another path
+            # The best of a sweep is kept where there is room for one; any of them says what it takes.
+            if places.take(path, output, variant):
+                found.append(_planned(variant, replace(planned, path=path), weights, path, settings, known))
         for measure in variant.recipe.measures:
             for name in measure.on:
-                lookup(built, name)
+                _referenced(built, name, measure.spec)
+    places.check()
     return found
+
+
+def _referenced(built: Mapping[str, Any], name: str, node: Node) -> Weights:
+    try:
+        return lookup(built, name)
+    except Error as error:
+        raise node.error(str(error)) from None
 
 
 def _planned(
@@ -66,9 +85,12 @@ def _planned(
 ) -> Planned:
     try:
         weights = dressed(weights, output.options)
-        taken = weights.planned(path, **settings.planning(output.options))
-    except ValueError as error:
-        raise output.node.error(str(error)) from None
+        there = settings.resume and finished(weights, path, exact=not any_eager(variant.recipe)) is not None
+        taken = weights.planned(path, **settings.planning(output.options), overwrite=settings.overwrite or there)
+    except OSError as error:
+        raise output.node.error(f"{path[:100]}: {error.strerror or error}") from None
+    except (ValueError, TypeError, ArithmeticError) as error:
+        raise place_of(output.places, str(error), output.node).error(str(error)) from None
     key = id(weights.node(max(weights, key=lambda name: weights.spec(name).numel)))
     if key not in known:
         known[key] = estimate(weights, taken.writes, settings.threads)

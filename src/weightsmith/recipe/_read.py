@@ -55,7 +55,7 @@ def read(
     text = _text(path)
     documents = load(text, path)
     if not documents:
-        raise Error(f"{path}: is empty; a recipe has inputs:, steps: and save:")
+        raise Error(f"{path}:1:1: is empty; a recipe has inputs:, steps: and save:")
     given = [setting(one) for one in settings]
     swept = [setting(one, "--sweep") for one in sweep]
     if not any(isinstance(document.value, Mapping) and "inputs" in document.value for document in documents):
@@ -82,8 +82,10 @@ def _text(path: str) -> str:
         return Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise Error(f"{path}: {error.strerror or error}") from None
-    except UnicodeDecodeError:
-        raise Error(f"{path}: is not a text in UTF-8") from None
+    except UnicodeDecodeError as error:
+        before = error.object[: error.start].rpartition(b"\n")
+        line, column = error.object.count(b"\n", 0, error.start) + 1, len(before[2]) + 1
+        raise Error(f"{path}:{line}:{column}: is not a text in UTF-8; save it as one") from None
 
 
 def with_values(document: Node, given: Iterable[tuple[str, Node]]) -> Node:

@@ -134,7 +134,7 @@ def _written(saved: Sequence[Saved]) -> str:
 
 def written(path: str, text: str) -> None:
     """Put the page in its place, whole or not at all."""
-    place = Path(path)
+    place = Path(os.path.expanduser(path))
     partial = place.with_name(place.name + ".partial")
     try:
         place.parent.mkdir(parents=True, exist_ok=True)

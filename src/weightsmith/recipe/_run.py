@@ -12,13 +12,15 @@ from typing import Any
 
 from weightsmith import progress
 from weightsmith.errors import Error
+from weightsmith.evaluators import Evaluate
 from weightsmith.recipe import _model_card
-from weightsmith.recipe._build import build, lookup
+from weightsmith.recipe._build import build, evaluator_at, lookup
 from weightsmith.recipe._plan import plan
-from weightsmith.recipe._save import Settings, dressed
-from weightsmith.recipe._schema import Measure, Output, Recipe
+from weightsmith.recipe._save import Settings, dressed, finished
+from weightsmith.recipe._schema import Output, Recipe
 from weightsmith.recipe._sweep import Variant, variants
 from weightsmith.weights import Saved, Weights, open
+from weightsmith.weights._execute import as_bytes
 from weightsmith.weights._lazy import Totals, reductions_of
 
 
@@ -63,7 +65,7 @@ def run(recipe: Recipe, settings: Settings | None = None, on_row: Callable[[Row]
     settings = settings or Settings()
     plan(recipe, settings)
     made: dict[tuple[str, str], Any] = {}
-    totals = Totals()
+    totals = _kept_totals(recipe, settings)
     several = variants(recipe)
     measured: dict[tuple[str, str, str], float] = {}
     saved: list[Saved] = []
@@ -71,15 +73,17 @@ def run(recipe: Recipe, settings: Settings | None = None, on_row: Callable[[Row]
     built: list[dict[str, Any]] = []
     for variant in several:
         built.append(build(variant.recipe, made))
-        _share(built[-1], totals)
+        if totals is not None:
+            _share(built[-1], totals)
+    judges = {measure.name: evaluator_at(measure.spec) for measure in recipe.measures}
     if not recipe.sweep:
         saved = [_written(recipe, several[0], output, built[0], (), settings) for output in recipe.outputs]
         there = {output.weights: saved[i].path for i, output in enumerate(recipe.outputs) if not output.options}
-        rows = _measured(several[0], _reopened(built[0], there), recipe.measures, measured, on_row)
+        rows = _measured(several[0], _reopened(built[0], there), judges, measured, on_row)
     else:
         with progress.task("sweep", len(several)) as advance:
             for variant, weights in zip(several, built, strict=True):
-                rows += _measured(variant, weights, recipe.measures, measured, on_row)
+                rows += _measured(variant, weights, judges, measured, on_row)
                 advance(1)
     best: dict[str, Any] = {}
     for output in recipe.outputs if recipe.sweep else ():
@@ -89,6 +93,15 @@ def run(recipe: Recipe, settings: Settings | None = None, on_row: Callable[[Row]
             saved.append(_written(recipe, several[number], output, built[number], rows, settings))
     made_report = _reported(recipe, saved, rows, best) if recipe.report else None
     return Ran(tuple(saved), tuple(rows), best, made_report)
+
+
+def _kept_totals(recipe: Recipe, settings: Settings) -> Totals | None:
+    """What passes find is kept only where something else may ask for it again, and in a quarter of the memory."""
+    asked = len(recipe.outputs) + len({name for measure in recipe.measures for name in measure.on})
+    if not recipe.sweep and asked < 2:
+        return None
+    budget = as_bytes(settings.memory)
+    return Totals() if budget is None else Totals(budget // 4)
 
 
 def _share(built: Mapping[str, Any], totals: Totals) -> None:
@@ -107,15 +120,12 @@ def _reopened(built: Mapping[str, Any], there: Mapping[str, str]) -> dict[str, A
 def _measured(
     variant: Variant,
     built: Mapping[str, Any],
-    measures: Sequence[Measure],
+    judges: Mapping[str, Evaluate],
     known: dict[tuple[str, str, str], float],
     on_row: Callable[[Row], None] | None,
 ) -> list[Row]:
     rows: list[Row] = []
-    if not measures:
-        return rows
-    from weightsmith.evaluators import evaluator
-
+    measures = variant.recipe.measures
     for name in dict.fromkeys(name for measure in measures for name in measure.on):
         started, figures, fresh = time.perf_counter(), {}, False
         depends = variant.recipe.affected(name.partition(".")[0])
@@ -127,7 +137,7 @@ def _measured(
             if key not in known:
                 fresh = True
                 try:
-                    known[key] = float(evaluator(str(measure.spec.value))(lookup(built, name)))
+                    known[key] = float(judges[measure.name](lookup(built, name)))
                 except Error as error:
                     raise measure.spec.error(f"{measure.name} of {name}: {error}") from error
             figures[measure.name] = known[key]
@@ -174,7 +184,8 @@ def _written(
     path = variant.path(output)
     files = _model_card.files(recipe, variant, output, weights, rows) if is_folder(path) else {}
     try:
-        return dressed(weights, output.options, files).save(path, **settings.saving(output.options))
+        there = finished(dressed(weights, output.options), path) if settings.resume and not settings.overwrite else None
+        return there or dressed(weights, output.options, files).save(path, **settings.saving(output.options))
     except Error as error:
         raise output.node.error(str(error)) from error
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from weightsmith.errors import did_you_mean
 from weightsmith.recipe._expression import names_in
+from weightsmith.recipe._kinds import check_value, check_weights, kind
 from weightsmith.recipe._methods import Method, find
 from weightsmith.recipe._yaml import Node, load, plain
 
@@ -20,8 +21,9 @@ KEYS = ("title", "inputs", "steps", "save", "evaluate", "sweep", "report")
 _INPUT = ("path", "format", "at", "dtype")
 _OUTPUT = ("weights", "dtype", "format", "max_shard_size")
 _MEASURE = ("with", "on")
-_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*$")
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
 _LIKE_A_PATH = re.compile(r"[/.]|^~")
+_HTML = (".html", ".htm")
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,8 @@ class Input:
 
     path: Node
     options: Mapping[str, str]
+    places: Mapping[str, Node] = field(default_factory=dict, compare=False)
+    """Where the options stand."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,8 @@ class Output:
     weights: str
     options: Mapping[str, Any]
     node: Node
+    places: Mapping[str, Node] = field(default_factory=dict, compare=False)
+    """Where the options stand."""
 
 
 @dataclass(frozen=True)
@@ -88,8 +94,12 @@ class Recipe:
 
     def affected(self, name: str) -> tuple[str, ...]:
         """The swept options on which an input or step depends."""
-        own = [key for key in self.sweep if _owner(key) == name]
-        return tuple(dict.fromkeys([*(key for used in self.uses(name) for key in self.affected(used)), *own]))
+        reached, todo = {name}, [name]
+        while todo:
+            fresh = [used for used in self.uses(todo.pop()) if used not in reached]
+            reached.update(fresh)
+            todo += fresh
+        return tuple(key for key in self.sweep if _owner(key) in reached)
 
     @property
     def last(self) -> str:
@@ -114,8 +124,8 @@ def read(document: Node) -> Recipe:
     measures = tuple(_measure(name, node, known, saved) for name, node in items(top.get("evaluate"), "evaluate"))
     if not outputs and not measures:
         raise document.error("nothing comes of this recipe: it has neither save: nor evaluate:")
-    title = str(plain(top["title"])) if "title" in top else ""
-    report = word(top["report"], "report") if "report" in top else None
+    title = _title(top["title"]) if "title" in top else ""
+    report = _report(top["report"]) if "report" in top else None
     recipe = Recipe(document.file, title, inputs, steps, outputs, measures, sweep, report, document)
     _check_sweep(recipe)
     return recipe
@@ -134,6 +144,8 @@ def setting(text: str, origin: str = "--set") -> tuple[str, Node]:
     if not equals or not key.strip():
         raise Node(text, 1, 1, origin).error(f"{text!r}: write step.option=value")
     documents = load(value, f"{origin} {key.strip()}")
+    if len(documents) > 1:
+        raise documents[1].error("one value is set; this is a second one")
     return key.strip(), documents[0] if documents else Node(None, 1, 1, f"{origin} {key.strip()}")
 
 
@@ -143,7 +155,7 @@ def setting(text: str, origin: str = "--set") -> tuple[str, Node]:
 def mapping(node: Node, what: str, keys: Sequence[str] | None = None, needed: Sequence[str] = ()) -> dict[str, Node]:
     """The entries of a mapping; an error for one that is not known, and for one that lacks."""
     if not isinstance(node.value, Mapping):
-        raise node.error(f"{what} must be a mapping of names to values, got {_kind(node)}")
+        raise node.error(f"{what} must be a mapping of names to values, got {kind(node)}")
     entries: dict[str, Node] = dict(node.value)
     for key, value in entries.items():
         if keys is not None and key not in keys:
@@ -165,7 +177,7 @@ def items(node: Node | None, what: str) -> list[tuple[str, Node]]:
 def word(node: Node, what: str) -> str:
     """A text."""
     if not isinstance(node.value, str) or not node.value.strip():
-        raise node.error(f"{what} must be a word, got {_kind(node)}")
+        raise node.error(f"{what} must be a word, got {kind(node)}")
     return node.value
 
 
@@ -174,13 +186,20 @@ def words(node: Node, what: str) -> list[Node]:
     return list(node.value) if isinstance(node.value, list) else [node]
 
 
-def _kind(node: Node) -> str:
-    value = node.value
-    names = {dict: "a mapping", list: "a list", type(None): "nothing", str: "a text", bool: "yes or no"}
-    return next((said for kind, said in names.items() if isinstance(value, kind)), f"{value!r}")
-
-
 # Sections
+
+
+def _title(node: Node) -> str:
+    if isinstance(node.value, list | Mapping):
+        raise node.error(f"title must be a text, got {kind(node)}")
+    return "" if node.value is None else str(node.value)
+
+
+def _report(node: Node) -> str:
+    path = word(node, "report")
+    if not path.lower().endswith(_HTML):
+        raise node.error(f"the report is an HTML page, so its path ends in .html, got {path!r}")
+    return path
 
 
 def _input(name: str, node: Node) -> Input:
@@ -190,12 +209,12 @@ def _input(name: str, node: Node) -> Input:
     entries = mapping(node, f"the input {name}", _INPUT, ("path",))
     options = {key: word(value, f"{key} of the input {name}") for key, value in entries.items() if key != "path"}
     word(entries["path"], f"path of the input {name}")
-    return Input(entries["path"], options)
+    return Input(entries["path"], options, entries)
 
 
 def _check_name(name: str, node: Node, taken: Mapping[str, Any]) -> None:
-    if not _NAME.match(name):
-        raise node.error(f"{name!r} cannot be a name: letters, digits, - and _, and no digit first")
+    if not _NAME.fullmatch(name):
+        raise node.error(f"{name!r} cannot be a name: letters from a to z, digits, - and _, and a letter or _ first")
     if name in taken:
         raise node.error(f"there is an input or a step {name!r} already")
 
@@ -218,9 +237,11 @@ def _step(name: str, node: Node, known: Sequence[str]) -> Step:
         raise node.error(f"the step {name} needs method: such as merge.ties (weightsmith methods lists them)")
     method = find(entries["method"])
     arguments = {key: value for key, value in entries.items() if key != "method"}
-    if "else" in arguments and "rest" in method.parameters:
-        arguments["rest"] = arguments.pop("else")
-    arguments = {method.aliases.get(key, key): value for key, value in arguments.items()}
+    aliases = method.aliases | ({"else": "rest"} if "rest" in method.parameters else {})
+    for alias, key in aliases.items():
+        if alias in arguments and key in arguments:
+            raise node.at(alias).error(f"{alias}: and {key}: are the same option of {method.name}; say one of them")
+    arguments = {aliases.get(key, key): value for key, value in arguments.items()}
     for key, value in arguments.items():
         if key not in method.parameters:
             near = did_you_mean(key, method.parameters)
@@ -229,12 +250,15 @@ def _step(name: str, node: Node, known: Sequence[str]) -> Step:
     first = next(iter(method.parameters), None)
     if first and first not in arguments and method.takes_weights(first) and known:
         arguments = {first: Node(known[-1], node.line, node.column, node.file), **arguments}
-    lacking = [key for key in method.required if key not in arguments]
+    lacking = [key for key in method.required if key not in arguments or arguments[key].value is None]
     if lacking:
         raise node.error(f"{method.name} needs {lacking[0]}:")
     for key, value in arguments.items():
         if method.takes_weights(key):
+            check_weights(method, key, value)
             _check_references(value, known)
+        elif key != "evaluate":
+            check_value(method, key, value)
     return Step(name, node, method, arguments)
 
 
@@ -258,11 +282,19 @@ def base_name(reference: str) -> str:
 
 
 def _output(path: str, node: Node, known: Sequence[str]) -> Output:
+    if not path.strip() or not path.isprintable():
+        raise node.error(f"an output needs a path of printable characters, got {path!r}")
     if isinstance(node.value, str):
         return Output(path, _reference(node, known), {}, node)
     entries = mapping(node, f"the output {path}", _OUTPUT, ("weights",))
-    options = {key: plain(value) for key, value in entries.items() if key != "weights"}
-    return Output(path, _reference(entries["weights"], known), options, node)
+    given = {key: value for key, value in entries.items() if key != "weights"}
+    for key, value in given.items():
+        is_size = key == "max_shard_size" and isinstance(value.value, int | float) and not isinstance(value.value, bool)
+        by_tensor = key == "dtype" and isinstance(value.value, Mapping)
+        if value.value is not None and not is_size and not by_tensor:
+            word(value, f"{key} of the output {path}")
+    options = {key: plain(value) for key, value in given.items()}
+    return Output(path, _reference(entries["weights"], known), options, node, given)
 
 
 def _reference(node: Node, known: Sequence[str]) -> str:
@@ -273,11 +305,15 @@ def _reference(node: Node, known: Sequence[str]) -> str:
 
 
 def _measure(name: str, node: Node, known: Sequence[str], saved: tuple[str, ...]) -> Measure:
+    if not name.strip():
+        raise node.error("a figure of merit needs a name")
     if isinstance(node.value, str):
         return Measure(name, node, saved)
     entries = mapping(node, f"the measure {name}", _MEASURE, ("with",))
     word(entries["with"], f"with: of the measure {name}")
     on = [_reference(one, known) for one in words(entries["on"], "on")] if "on" in entries else saved
+    if not on:
+        raise entries["on"].error(f"on: of the measure {name} is an empty list, so nothing would be measured")
     return Measure(name, entries["with"], tuple(on))
 
 
@@ -289,7 +325,7 @@ def _choices(key: str, node: Node, steps: Mapping[str, Step], inputs: Mapping[st
     if owner in steps and not option:
         raise node.error(f"sweep: which option of {owner}? Write {owner}.option: [values]")
     if not isinstance(node.value, list) or not node.value:
-        raise node.error(f"sweep: {key} needs a list of values, got {_kind(node)}")
+        raise node.error(f"sweep: {key} needs a list of values, got {kind(node)}")
     return tuple(node.value)
 
 
@@ -346,11 +382,47 @@ def _place(document: Node, key: str, value: Node) -> list[str]:
     raise value.error(f"no step, input or section {parts[0]!r}{did_you_mean(parts[0], [*known, *KEYS])}")
 
 
-def _set(node: Node, place: Sequence[str], value: Node) -> Node:
+_SHORT = {"inputs": "path", "save": "weights", "evaluate": "with"}
+"""What a lone word stands for in these sections."""
+
+
+def _set(node: Node, place: Sequence[str], value: Node, at: tuple[str, ...] = ()) -> Node:
+    """A document with another value at a place. ``at`` is where its node stands."""
     if not place:
         return value
-    inner = node.value if isinstance(node.value, Mapping) else {}
-    if node.value is not None and not isinstance(node.value, Mapping) and len(place) >= 1:
-        inner = {"path": node}  # an input that is only a path gets an option
-    child = inner.get(place[0], Node(None, value.line, value.column, value.file))
-    return replace(node, value={**inner, place[0]: _set(child, place[1:], value)})
+    if isinstance(node.value, list):
+        there = list(node.value)
+        if not place[0].isdecimal() or int(place[0]) >= len(there):
+            raise value.error(f"{'.'.join(at)} is a list of {len(there)}, counted from 0; it has no item {place[0]!r}")
+        there[int(place[0])] = _set(there[int(place[0])], place[1:], value, (*at, place[0]))
+        return replace(node, value=there)
+    by_tensor = len(at) == 3 and at[0] == "steps"  # an option, which may become a mapping of patterns
+    if isinstance(node.value, Mapping):
+        inner = dict(node.value)
+    elif node.value is None:
+        inner = {}
+    elif len(at) == 2 and at[0] in _SHORT:
+        inner = {_SHORT[at[0]]: node}
+    elif by_tensor:
+        inner = {"*": node}
+    else:
+        raise value.error(f"{'.'.join(at) or 'the file'} is {kind(node)}, so it has no {'.'.join(place)!r}")
+    key, rest = _split(place, inner, at)
+    made = _set(inner.get(key, Node(None, value.line, value.column, value.file)), rest, value, (*at, key))
+    # The first pattern that fits is taken, so a new one stands before what was there.
+    first = {key: made} if by_tensor and key not in inner else {}
+    return replace(node, value={**first, **inner, key: made})
+
+
+def _split(place: Sequence[str], inner: Mapping[Any, Node], at: tuple[str, ...]) -> tuple[str, Sequence[str]]:
+    """The first key of a place, and what follows. Paths, patterns and swept options have dots of their own."""
+    for count in range(len(place), 0, -1):
+        if ".".join(place[:count]) in inner:
+            return ".".join(place[:count]), place[count:]
+    count = 1
+    if at in (("save",), ("evaluate",)):
+        options = _OUTPUT if at == ("save",) else _MEASURE
+        count = len(place) - 1 if len(place) > 1 and place[-1] in options else len(place)
+    elif at == ("sweep",) or (at[:1] == ("steps",) and len(at) >= 3):
+        count = len(place)
+    return ".".join(place[:count]), place[count:]

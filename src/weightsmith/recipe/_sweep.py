@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from weightsmith.errors import Error
 from weightsmith.recipe._schema import Output, Recipe, read, with_settings
 from weightsmith.recipe._yaml import Node, plain
 
@@ -29,7 +29,12 @@ class Variant:
 
     def path(self, output: Output) -> str:
         """The output's path with the values in place of the names in braces."""
-        return re.sub(r"\{([^{}]*)\}", lambda found: str(self.values.get(found[1], found[0])), output.path)
+        placed = re.sub(r"\{([^{}]*)\}", lambda found: self._in_a_path(found[1], found[0]), output.path)
+        return os.path.expanduser(placed)
+
+    def _in_a_path(self, key: str, otherwise: str) -> str:
+        """A swept value as a part of a path: it opens no folder and leads out of none."""
+        return re.sub(r"[/\\]+", "-", str(self.values[key])).strip("-") if key in self.values else otherwise
 
 
 def variants(recipe: Recipe) -> list[Variant]:
@@ -38,7 +43,7 @@ def variants(recipe: Recipe) -> list[Variant]:
     for choices in recipe.sweep.values():
         count *= len(choices)
     if count > MOST:
-        raise Error(f"{recipe.name}: the sweep has {count:,} combinations, more than {MOST:,}")
+        raise recipe.document.at("sweep").error(f"the sweep has {count:,} combinations, more than {MOST:,}")
     return [_variant(recipe, dict(chosen)) for chosen in _combinations(recipe)]
 
 

@@ -53,7 +53,7 @@ class Node:
 
     def error(self, message: str) -> Error:
         """``file:line:column: message``, to be raised."""
-        return Error(f"{self.file}:{self.line}:{self.column}: {message}")
+        return Error(f"{self.file}:{self.line}:{self.column}: {' '.join(message.splitlines())}")
 
 
 def load(text: str | bytes, name: str = "<text>") -> list[Node]:
@@ -78,6 +78,11 @@ def load(text: str | bytes, name: str = "<text>") -> list[Node]:
         said = ", ".join(part for part in (error.context, error.problem) if part)
         hint = "; indent with spaces" if "\\t" in said else ""
         raise FormatError(f"{place}: {said}{hint}") from None
+    except yaml.reader.ReaderError as error:
+        before = (text if isinstance(text, str) else text.decode(errors="replace"))[: error.position]
+        line, column = before.count("\n") + 1, len(before.rpartition("\n")[2]) + 1
+        shown = error.character if isinstance(error.character, int) else ord(error.character[:1])
+        raise FormatError(f"{name}:{line}:{column}: the character #x{shown:02x} is not allowed") from None
     except yaml.YAMLError as error:
         raise FormatError(f"{name}: {' '.join(str(error).split())}") from None
 

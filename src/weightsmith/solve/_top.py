@@ -65,7 +65,7 @@ def kept(score: Tensor, cut: Cut, start: int = 0) -> Tensor:
 def cut_at(keep: int, total: int) -> Generator[Pass, Any, Cut]:
     """A solver for the cut that keeps exactly ``keep`` of ``total`` scores, the highest.
 
-    Reads the scores twice; up to four times where very many of them are alike.
+    Reads the scores once, and a sample of them before; up to five times where very many of them are alike.
 
     >>> from weightsmith.weights import in_memory
     >>> score = torch.tensor([1.0, 4.0, 4.0, 4.0])
@@ -74,27 +74,138 @@ def cut_at(keep: int, total: int) -> Generator[Pass, Any, Cut]:
     """
     if not 0 < keep < total:
         return EVERYTHING if keep >= total else NOTHING
-    (cut,) = yield from cuts_at(_in_one_row, lambda rows, total: [keep])
+    (cut,) = yield from cuts_at(_in_one_row, lambda rows, count: [keep * count // total])
     return cut
 
 
 def cuts_at(
     scores: Scores, keep: Callable[[int, int], Sequence[int]], positive: bool = False
 ) -> Generator[Pass, Any, list[Cut]]:
-    """A solver for one cut a row, all found in the same readings: two, or four where very many scores are alike.
+    """A solver for one cut a row, all found in the same readings: one as a rule, and a part of another before it.
+
+    From a sample of the scores it is guessed between which two values a threshold lies; then all scores are read,
+    those above are counted, and those between are looked at one by one. Where the guess is wrong, or very many scores
+    are alike, exact histograms are made, which takes two readings more, or four. The result is the same.
 
     Args:
         scores: ``(*chunk) -> [k, n]``.
-        keep: ``(k, elements of a row) -> how many of each row``, the highest.
+        keep: ``(k, elements of a row) -> how many of each row``, the highest; a share of any number of elements.
         positive: no score is below zero (or minus zero), so the bits themselves are in order. NaN comes last.
     """
+    sample = yield Pass(partial(_sampled_histograms, scores=scores, positive=positive), units=_spread)
+    seen = int(sample[0].sum())
+    asked, of_many = keep(len(sample), seen), keep(len(sample), MANY)
+    if all(pair in ((seen, MANY), (0, 0)) for pair in zip(asked, of_many, strict=True)):  # all or nothing: no reading
+        return [EVERYTHING if count else NOTHING for count in of_many]
+    bounds = {
+        row: limits for row, count in enumerate(asked) if (limits := _bounds(sample[row], count, positive)) is not None
+    }
+    between = yield Pass(partial(_between, scores=scores, bounds=bounds, positive=positive))
+    wanted = keep(len(sample), between.total)
+    found = [EVERYTHING if count >= between.total else NOTHING for count in wanted]
+    missing = {row: count for row, count in enumerate(wanted) if 0 < count < between.total}
+    for row in [row for row in missing if row in bounds]:
+        cut = between.cut(row, missing[row])
+        if cut is not None:
+            found[row] = cut
+            del missing[row]
+    if missing:
+        for row, cut in (yield from _by_histograms(scores, missing, positive)).items():
+            found[row] = cut
+    return found
+
+
+MANY = 2**40
+"""More than any tensor has: what is kept of so many shows whether it is all or nothing of any number."""
+
+MARGIN = 0.015
+"""The share of a sample on either side of its threshold in which the real one is looked for."""
+
+WIDEST = 0.1
+"""The largest share of a sample that is worth looking at one by one."""
+
+
+def _spread(units: int) -> Sequence[int]:
+    """Three units of many: the first, the last and the one between."""
+    return sorted({0, units // 2, units - 1}) if units else ()
+
+
+def _sampled_histograms(*chunk: Any, scores: Scores, positive: bool) -> Tensor:
+    """Histograms of the high halves of the keys; of every fourth where there are many."""
+    score = scores(*chunk)
+    return _histograms(_keys(score[:, ::4] if score.shape[1] >= 2**14 else score, positive), positive)
+
+
+def _bounds(histogram: Tensor, keep: int, positive: bool) -> tuple[int, int] | None:
+    """The keys between which a threshold is expected, the upper not included; None where it cannot be guessed."""
+    seen = int(histogram.sum())
+    if not 0 < keep < seen:
+        return None
+    slack = int(MARGIN * seen) + 8
+    upper, above = _from_top(histogram, max(keep - slack, 1))
+    lower, below = _from_top(histogram, min(keep + slack, seen))
+    if below + int(histogram[lower]) - above > WIDEST * seen + 4 * slack:
+        return None
+    offset = 0 if positive else BUCKETS // 2
+    upper = len(histogram) - 1 if keep <= slack else upper  # the highest of all may be higher than any in the sample
+    lower = 0 if keep + slack >= seen else lower
+    return (lower - offset) << 16, (upper + 1 - offset) << 16
+
+
+@dataclass(frozen=True)
+class Between:
+    """Scores whose keys lie between two bounds, row by row, run after run; and how many there are above."""
+
+    total: int
+    above: tuple[int, ...]
+    runs: tuple[tuple[int, dict[int, tuple[Tensor, Tensor]]], ...]
+    """Where a run begins, and per row the places in it and the keys."""
+
+    def __add__(self, other: Between) -> Between:
+        above = tuple(one + two for one, two in zip(self.above, other.above, strict=True))
+        return Between(self.total + other.total, above, self.runs + other.runs)
+
+    def cut(self, row: int, keep: int) -> Cut | None:
+        """The cut that keeps ``keep`` of a row: the highest, and of equal ones the first. None if it is elsewhere."""
+        key = torch.cat([found[row][1] for _, found in self.runs]).cpu().numpy()
+        left = keep - self.above[row]
+        if not 0 < left <= len(key):
+            return None
+        level = int(np.partition(key, len(key) - left)[len(key) - left])
+        places = torch.cat([found[row][0].cpu() + start for start, found in self.runs])
+        equal = np.flatnonzero(key == level)
+        left -= int(np.count_nonzero(key > level))
+        return Cut(level, int(places[equal[left - 1]]) + 1)
+
+
+def _between(*chunk: Any, scores: Scores, bounds: Mapping[int, tuple[int, int]], positive: bool, start: int) -> Between:
+    key = _keys(scores(*chunk), positive)
+    above, found = [0] * len(key), {}
+    for row, (lower, upper) in bounds.items():
+        places, above[row] = _inside_bounds(key[row], lower, upper)
+        found[row] = (places.to(torch.int32), key[row][places])
+    return Between(key.shape[1], tuple(above), ((start, found),))
+
+
+def _inside_bounds(key: Tensor, lower: int, upper: int) -> tuple[Tensor, int]:
+    """Where keys lie in ``[lower, upper)``, and how many lie above."""
+    top = torch.iinfo(torch.int32).max
+    if not key.is_cpu:
+        places = ((key >= lower) & (key <= min(upper - 1, top))).nonzero().flatten()
+        return places, int((key >= upper).sum()) if upper <= top else 0
+    # By way of numpy: several times as fast as torch's comparisons and its nonzero.
+    values = key.numpy()
+    distance = np.subtract(values, np.int32(lower)).view(np.uint32)  # what is below wraps around
+    places = torch.from_numpy(np.flatnonzero(distance <= np.uint32(upper - lower - 1)))
+    return places, int(np.count_nonzero(values >= upper)) if upper <= top else 0
+
+
+def _by_histograms(scores: Scores, wanted: Mapping[int, int], positive: bool) -> Generator[Pass, Any, dict[int, Cut]]:
+    """The cuts of some rows, from exact histograms."""
     high = yield Pass(partial(_high_histograms, scores=scores, positive=positive))
     total = int(high[0].sum())
-    wanted = keep(len(high), total)
-    found = [EVERYTHING if count >= total else NOTHING for count in wanted]
-    missing = {row: count for row, count in enumerate(wanted) if 0 < count < total}
-    if not missing:
-        return found
+    found: dict[int, Cut] = {}
+    missing = dict(wanted)
     buckets: dict[int, int] = {}
     inside = 0
     for row, count in missing.items():
@@ -104,9 +215,7 @@ def cuts_at(
         inside = max(inside, int(high[row][place]))
     if inside <= GATHERED:  # few enough to be looked at one by one
         gathered = yield Pass(partial(_gather, scores=scores, buckets=buckets, positive=positive))
-        for row, bucket in buckets.items():
-            found[row] = gathered.cut(row, bucket, missing[row])
-        return found
+        return {row: gathered.cut(row, bucket, missing[row]) for row, bucket in buckets.items()}
     low = yield Pass(partial(_low_histograms, scores=scores, buckets=buckets, positive=positive))
     levels: dict[int, int] = {}
     for (row, bucket), histogram in zip(buckets.items(), low, strict=True):
@@ -117,7 +226,7 @@ def cuts_at(
             levels[row] = found[row].key
     if levels:
         ends = yield from _ends(scores, levels, missing, positive)
-        found = [Cut(cut.key, ends.get(row, cut.index)) for row, cut in enumerate(found)]
+        found = {row: Cut(cut.key, ends.get(row, cut.index)) for row, cut in found.items()}
     return found
 
 
@@ -175,7 +284,12 @@ def _keys(score: Tensor, positive: bool) -> Tensor:
 
 
 def _high_histograms(*chunk: Any, scores: Scores, positive: bool) -> Tensor:
-    key = _keys(scores(*chunk), positive) >> 16
+    return _histograms(_keys(scores(*chunk), positive), positive)
+
+
+def _histograms(key: Tensor, positive: bool) -> Tensor:
+    """Of the high halves of keys ``[k, n]``."""
+    key = key >> 16
     if not positive:
         key += BUCKETS // 2
     return torch.stack([torch.bincount(row, minlength=BUCKETS // 2 if positive else BUCKETS) for row in key])

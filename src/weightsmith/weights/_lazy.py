@@ -397,13 +397,13 @@ class Pass:
 
     ``function(*chunk) -> Tensor or tuple of tensors`` is added up over chunks (in float64 where it
     is a float) in index order. With ``each`` the solver is sent a list, one total per unit of work.
-    ``units`` restricts the reading to some of them. A function that names ``start`` is told the
-    index of the chunk's first element.
+    ``units`` restricts the reading to some of them: their numbers, or a function that chooses among so many. A
+    function that names ``start`` is told the index of the chunk's first element.
     """
 
     function: Callable[..., Any]
     each: bool = False
-    units: Sequence[int] | None = None
+    units: Sequence[int] | Callable[[int], Sequence[int]] | None = None
 
 
 Solver = Callable[[], Generator[Pass, Any, Any]]
@@ -478,10 +478,11 @@ class Reduction:
         try:
             wanted = next(solving)
             while True:
-                key = self._key(wanted)
+                numbers = wanted.units(len(self.units)) if callable(wanted.units) else wanted.units
+                key = self._key(wanted, numbers)
                 found = self.totals.get(key) if self.totals else None
                 if found is None:
-                    chosen = self.units if wanted.units is None else [self.units[i] for i in wanted.units]
+                    chosen = self.units if numbers is None else [self.units[i] for i in numbers]
                     results = yield [Piece(self, wanted, unit) for unit in chosen]
                     found = list(results) if wanted.each else [functools.reduce(added, results, None)]
                     if self.totals:
@@ -491,12 +492,11 @@ class Reduction:
             self._result = finished.value
             self.done = True
 
-    def _key(self, wanted: Pass) -> str:
+    def _key(self, wanted: Pass, numbers: Sequence[int] | None) -> str:
         """Equal for passes that find the same; empty where nobody keeps results."""
         if self.totals is None:
             return ""
-        units = None if wanted.units is None else list(wanted.units)
-        asked = [_function_identity(wanted.function), wanted.each, units]
+        asked = [_function_identity(wanted.function), wanted.each, None if numbers is None else list(numbers)]
         return _digest([*asked, *(item.identity() for item in self.items)])
 
     def value(self) -> Any:

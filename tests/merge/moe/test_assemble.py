@@ -14,6 +14,7 @@ from torch.nn import functional
 import weightsmith as ws
 from weightsmith.errors import Error
 from weightsmith.merge.moe import Expert, assemble, assemble_document
+from weightsmith.merge.moe._document import _architecture
 from weightsmith.merge.moe._targets import COMMON, DEFAULTS, ROPE, TARGETS
 
 PARTS = ("gate_proj", "up_proj", "down_proj")
@@ -252,6 +253,16 @@ def test_dtypes():
     assert config_of(mixed)["torch_dtype"] == "float16"
 
 
+def test_tied_tensors_stay_tied():
+    base = dense(tie_word_embeddings=True)
+    nodes = {name: base.node(name) for name in base} | {"lm_head.weight": base.node("model.embed_tokens.weight")}
+    base = ws.Weights(nodes, files=base.files)
+    for dtype in (None, "bfloat16"):
+        mixed = assemble([base] * 2, base, gate="zeros", dtype=dtype)
+        assert mixed.ties == {"lm_head.weight": "model.embed_tokens.weight"}
+        assert config_of(mixed)["tie_word_embeddings"] is True
+
+
 def test_gates_given():
     base = dense()
     name = "model.layers.{}.block_sparse_moe.gate.weight"
@@ -380,6 +391,33 @@ def test_the_architecture_of_a_document(said: str | None, kind: str, prompts: li
     if prompts is not None:
         plain["shared_experts"] = [{"source_model": "base", "positive_prompts": prompts}]
     assert config_of(assemble_document(plain, lambda _: dense(kind=kind)))["model_type"] == name
+
+
+def test_a_shared_expert_with_prompts_has_a_gate_in_a_document():
+    """Without prompts it has none, and so it is another architecture; here prompts are read by nobody."""
+    shared = [Expert(BASE, ["a"])], [Expert(BASE)]
+    found = [_architecture(None, "llama", one, gate) for gate in ("hidden", "random") for one in shared]
+    assert found == ["qwen2_moe", "deepseek", "deepseek", "deepseek"]
+
+
+def test_a_document_takes_the_vocabulary_of_the_base():
+    other = with_tokens(BASE, "a", "c")
+    models = {"base": with_tokens(BASE, "a", "b"), "one": other, "two": other}
+    assert assemble_document(document(), models.__getitem__).spec("lm_head.weight").shape == (11, 8)
+    with pytest.raises(Error, match="other tokens than the base"):
+        assemble_document(document(vocabulary="check"), models.__getitem__)
+
+
+@pytest.mark.parametrize("executor", ["threads", "processes"])
+def test_other_processes_can_put_it_together(executor: Any, tmp_path: Path):
+    folders = [tmp_path / f"model{seed}" for seed in range(2)]
+    for seed, folder in enumerate(folders):
+        dense(seed).save(folder)
+    experts = [Expert(folders[0], noise_scale=0.1), folders[1]]
+    mixed = assemble(experts, folders[0], gate="random", layout="fused")
+    mixed.save(tmp_path / "out", executor=executor, workers=None if executor == "threads" else 2)
+    for name, value in ws.open(tmp_path / "out").items():
+        assert torch.equal(value, mixed[name]), name
 
 
 @pytest.mark.parametrize(

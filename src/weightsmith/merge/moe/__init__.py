@@ -8,14 +8,18 @@ from weightsmith.card import table
 from weightsmith.merge.moe._assemble import assemble
 from weightsmith.merge.moe._document import assemble_document
 from weightsmith.merge.moe._experts import Expert
+from weightsmith.merge.moe._fold import fold
 from weightsmith.merge.moe._gaussian import Mixture, expected, fit, log_likelihood
+from weightsmith.merge.moe._routed_linear import RoutedLinear, Router
+from weightsmith.merge.moe._routers import routed
 from weightsmith.merge.moe._transport import Reduced, reduce_mixture
-from weightsmith.merge.moe._weight_ensembling import Routing, WeightMixture, fold, weight_ensembling
+from weightsmith.merge.moe._weight_ensembling import Routing, WeightMixture, weight_ensembling
 
 METHODS = table(
     weight_ensembling,
     reduce_mixture,
     assemble,
+    routed,
 )
 
 __all__ = [
@@ -23,6 +27,8 @@ __all__ = [
     "Expert",
     "Mixture",
     "Reduced",
+    "RoutedLinear",
+    "Router",
     "Routing",
     "WeightMixture",
     "assemble",
@@ -32,5 +38,6 @@ __all__ = [
     "fold",
     "log_likelihood",
     "reduce_mixture",
+    "routed",
     "weight_ensembling",
 ]

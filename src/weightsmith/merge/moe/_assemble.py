@@ -143,6 +143,7 @@ def assemble(
     kind = None if dtype is None else as_dtype(dtype)
     hidden = origin.spec(embedding_of(origin)).shape[-1]
     routers = _routers(gate, everyone, both is not None, target, origin, len(layers), hidden, seed)
+    plain = origin if kind is None else origin.cast(kind)
     nodes: dict[str, Lazy] = {}
     apart: set[int] = set()
     for name in origin:
@@ -150,7 +151,7 @@ def assemble(
         if COMPUTED.search(name):
             continue
         if not found or found["rest"] not in PARTS:
-            nodes[name] = _as(origin.node(name), kind)
+            nodes[name] = plain.node(name)
         elif found["rest"] == first_part(origin, found["layer"]):
             place = found["layer"]
             row = routers[layers.index(place)]

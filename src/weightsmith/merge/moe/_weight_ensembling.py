@@ -8,7 +8,7 @@ once and for all. The routers are trained without labels: the model should be su
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -259,27 +259,6 @@ def weight_ensembling(
         for name, value in found.items():
             whole.get_parameter(name).copy_(value)
     return whole
-
-
-def fold(module: nn.Module, weight: Mapping[str, Sequence[float]] | Sequence[float] | None = None) -> nn.Module:
-    """A copy with a plain layer in place of every `WeightMixture`.
-
-    Args:
-        module: what `weight_ensembling` made.
-        weight: the coefficients ``[k]``, for all layers or by name of the layer; by default each router's bias.
-
-    Returns:
-        nn.Module: gives what ``module`` gives wherever its routers give these coefficients; the same everywhere
-        for routers of depth 0.
-    """
-    plain = copy.deepcopy(module)
-    for name, inner in module.named_modules():
-        if isinstance(inner, WeightMixture):
-            own = weight.get(name) if isinstance(weight, Mapping) else weight
-            if not name:
-                return inner.fold(own)
-            _put(plain, name, inner.fold(own).train(inner.training))
-    return plain
 
 
 def _outermost(module: nn.Module, layers: Pattern) -> list[str]:
