@@ -9,6 +9,8 @@ Encoders for nouns and for verbs were tried first and did not get in each other'
 as each on its own task, so that nothing was left to gain.
 """
 
+import math
+
 from _glosses import Siblings
 
 import weightsmith as ws
@@ -40,10 +42,17 @@ def measure(seed: int) -> dict[str, float]:
         )
         for model, texts in zip(family.models, family.data, strict=True)
     ]
+    equal = [information * (1 / norm(information)) for information in found]
     return {
         "Fisher-weighted mean": family.score(ws.merge.fisher(family.models, stats=found)),
         "with a floor of 1e-12": family.score(ws.merge.fisher(family.models, stats=found, floor=1e-12)),
+        "with information of equal norm": family.score(ws.merge.fisher(family.models, stats=equal, floor=1e-12)),
         "plain mean": family.score(ws.merge.mean(family.models)),
         "before fine-tuning": family.score(ws.open(family.base)),
         "one fine-tune": family.score(ws.open(family.models[0])),
     }
+
+
+def norm(weights: ws.Weights) -> float:
+    """The length of all weights as one vector."""
+    return math.sqrt(sum(float(value.double().square().sum()) for value in weights.values()))

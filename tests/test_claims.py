@@ -183,7 +183,7 @@ def test_a_missing_package_is_named(path: Path, change) -> None:
 
 def test_missing_data_are_named(path: Path) -> None:
     path.write_text(FILE.replace("return {", 'open("/no/such/images.gz")\n    return {'))
-    with pytest.raises(Error, match="claim two-words, seed 3: /no/such/images.gz is not there"):
+    with pytest.raises(Error, match=r"claim two-words, seed 3: /no/such/images\.gz is not there"):
         claims.run(path)
 
 

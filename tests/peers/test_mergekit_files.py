@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import Tensor
 
 import weightsmith as ws
@@ -19,7 +20,6 @@ from weightsmith.recipe import _mergekit
 from weightsmith.recipe._yaml import load
 
 REASON = 'needs mergekit: pip install "weightsmith[peers]"'
-yaml = pytest.importorskip("yaml", reason='needs PyYAML: pip install "weightsmith[recipe]"')
 pytest.importorskip("mergekit.merge_methods", reason=REASON, exc_type=ImportError)
 transformers = pytest.importorskip("transformers", reason=REASON)
 

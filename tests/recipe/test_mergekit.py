@@ -16,8 +16,6 @@ from weightsmith.errors import Error
 from weightsmith.recipe import _mergekit
 from weightsmith.recipe._yaml import load
 
-pytest.importorskip("yaml", reason='needs PyYAML: pip install "weightsmith[recipe]"')
-
 LAYERS = 4
 EMBED, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 Q, MLP = "model.layers.{}.self_attn.q_proj.weight", "model.layers.{}.mlp.up_proj.weight"

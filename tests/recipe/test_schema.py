@@ -85,7 +85,11 @@ BAD = [
     (step(TIES + "density: {by_depth: [0.1], '*': 0.2}"), "2:70", "stand alone"),
     (step(TIES + f"amount: 1{'0' * 400}"), "2:69", "too large"),
     (step(TIES + "normalize: 1"), "2:72", "normalize must be true or false, got 1"),
-    (step("method: merge.dare_ties, models: [a], base: base, seed: 1.5"), "2:69", "seed must be a whole number, got 1.5"),
+    (
+        step("method: merge.dare_ties, models: [a], base: base, seed: 1.5"),
+        "2:69",
+        "seed must be a whole number, got 1.5",
+    ),
     # outputs
     (HEAD + STEP + "save: {'': x}", "3:12", "printable"),
     (HEAD + STEP + 'save: {"a\\0b": x}', "3:16", "printable"),
@@ -252,7 +256,13 @@ def test_a_setting_changes_neither_the_document_nor_other_places():
 
 
 def test_base_name():
-    assert [_schema.base_name(one) for one in ("a", "a.0", "a.12", "a.b", "./a.0/b")] == ["a", "a", "a", "a.b", "./a.0/b"]
+    assert [_schema.base_name(one) for one in ("a", "a.0", "a.12", "a.b", "./a.0/b")] == [
+        "a",
+        "a",
+        "a",
+        "a.b",
+        "./a.0/b",
+    ]
 
 
 RAW: list[tuple[bytes, str]] = [
@@ -277,7 +287,9 @@ def test_files_that_are_no_recipe(raw: bytes, said: str, tmp_path: Path, monkeyp
     assert str(caught.value).startswith(said)
 
 
-@pytest.mark.parametrize("change", [str.encode, lambda t: t.encode("utf-8-sig"), lambda t: t.replace("\n", "\r\n").encode()])
+@pytest.mark.parametrize(
+    "change", [str.encode, lambda t: t.encode("utf-8-sig"), lambda t: t.replace("\n", "\r\n").encode()]
+)
 def test_marks_and_line_ends_of_windows_change_nothing(change: Callable[[str], bytes], tmp_path: Path):
     from weightsmith import recipe as recipes
 
@@ -289,11 +301,14 @@ def test_marks_and_line_ends_of_windows_change_nothing(change: Callable[[str], b
 
 
 def test_anchors_and_merged_mappings():
-    text = HEAD + """
+    text = (
+        HEAD
+        + """
 steps:
   x: &one {method: merge.mean, models: [a, b]}
   y: {<<: *one, weight: [1, 3]}
 save: {o: y}
 """
+    )
     found = of(text).steps["y"].arguments
     assert {key: plain(value) for key, value in found.items()} == {"models": ["a", "b"], "weight": [1, 3]}

@@ -10,8 +10,6 @@ import pytest
 from weightsmith.errors import Error, FormatError
 from weightsmith.recipe._yaml import Node, load, plain
 
-yaml = pytest.importorskip("yaml", reason='needs PyYAML: pip install "weightsmith[recipe]"')
-
 TEXT = """\
 # a comment
 models:
@@ -128,11 +126,3 @@ def test_keys_of_a_changed_node():
     node = Node({"a": Node(1, 3, 4, "f")}, 1, 1, "f")
     assert (node.at("a").value, node.at("a").line) == ("a", 3)
     assert (node.at("b").value, node.at("b").line) == ("b", 1)
-
-
-def test_without_the_package(monkeypatch: pytest.MonkeyPatch):
-    import sys
-
-    monkeypatch.setitem(sys.modules, "yaml", None)
-    with pytest.raises(ImportError, match=r"weightsmith\[recipe\]"):
-        load("a: 1")

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from weightsmith.errors import Error, FormatError, did_you_mean, missing
+from weightsmith.errors import Error, FormatError, did_you_mean
 
 MOST_NODES = 1_000_000
 """Values in a document, aliases counted as often as they are used."""
@@ -66,10 +66,8 @@ def load(text: str | bytes, name: str = "<text>") -> list[Node]:
     Raises:
         Error: no YAML, a key that stands twice, a tag, an alias without its anchor or within it.
     """
-    try:
-        import yaml
-    except ImportError:
-        raise missing("PyYAML", "recipe", "reading YAML") from None
+    import yaml
+
     try:
         return _Builder(yaml.parse(text, Loader=yaml.BaseLoader), name).documents()
     except yaml.MarkedYAMLError as error:
