@@ -44,6 +44,7 @@ def measure(seed: int) -> dict[str, float]:
         "stock of two": ws.merge.model_stock(runs[:2], base=base),
         "stock of six": ws.merge.model_stock(runs, base=base),
         "soup of two": ws.merge.mean(runs[:2]),
+        "halfway from the soup of two to the start": ws.merge.mean([ws.merge.mean(runs[:2]), base]),
         "soup of six": ws.merge.mean(runs),
     }
     for name, weights in merged.items():

@@ -670,7 +670,7 @@ TIES = "base_model: base, models: [{model: a, parameters: {weight: 1}}]"
          "no filter fits it"),
         ("{merge_method: linear, base_model: base, models: [{model: a, parameters: {weight: 1}}]}", "1:36",
          "needs weight"),
-        ("{base_model: a, gate_mode: random, experts: []}", "1:36", "experts"),
+        ("{base_model: a, gate_mode: random, experts: []}", "1:45", "experts"),
         ("{genome: {models: []}, tasks: []}", "1:2", "mergekit-evolve"),
     ],
 )  # fmt: skip

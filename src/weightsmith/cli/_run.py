@@ -112,7 +112,9 @@ def _redirected(recipe: Recipe, output: str | None, report: str | None) -> Recip
     return dataclasses.replace(recipe, report=report) if report else recipe
 
 
-def _foreign(recipe: Foreign, output: str | None, report: str | None, settings: Settings, dry: bool, as_json: bool) -> None:
+def _foreign(
+    recipe: Foreign, output: str | None, report: str | None, settings: Settings, dry: bool, as_json: bool
+) -> None:
     from weightsmith.recipe import _foreign
 
     for line in recipe.warnings:

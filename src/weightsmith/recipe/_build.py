@@ -114,7 +114,9 @@ def placed(node: Node, text: str) -> Placed:
 def place_of(options: Mapping[str, Node], text: str, otherwise: Node) -> Node:
     """Where the only option stands that a message speaks of, by its name or by its value."""
     spoken = [key for key in options if re.search(rf"(?<![\w.]){re.escape(key)}(?![\w.])", text)]
-    if len(spoken) != 1:
+    if len(spoken) > 1:  # it is about what it begins with
+        spoken = [key for key in spoken if text.startswith(f"{key} ")]
+    if not spoken:
         spoken = [key for key, node in options.items() if isinstance(node.value, str) and repr(node.value) in text]
     return options[spoken[0]] if len(spoken) == 1 else otherwise
 

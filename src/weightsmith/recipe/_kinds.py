@@ -50,7 +50,9 @@ def _check(key: str, node: Node, words: set[str], may_differ: bool) -> None:
         elif not may_differ or not value or not all(isinstance(pattern, str) for pattern in value):
             raise node.error(f"{key} must be {_said(words)}, or a mapping of patterns to that")
         elif "by_depth" in value or FROM_ELSEWHERE in value:
-            raise node.error(f"{key}: by_depth and python stand alone in their mapping, and here are {', '.join(value)}")
+            raise node.error(
+                f"{key}: by_depth and python stand alone in their mapping, and here are {', '.join(value)}"
+            )
         else:
             for inner in value.values():
                 is_curve = isinstance(inner.value, Mapping) and list(inner.value) == ["by_depth"]

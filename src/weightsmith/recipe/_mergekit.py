@@ -18,8 +18,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from weightsmith.errors import Error, did_you_mean
+from weightsmith.recipe import _mergekit_moe
 from weightsmith.recipe._mergekit_build import assign, merged, prepared
 from weightsmith.recipe._mergekit_methods import METHODS
+from weightsmith.recipe._mergekit_moe import Mixture
 from weightsmith.recipe._mergekit_schema import (
     EVOLVE_KEYS,
     MOE_KEYS,
@@ -153,12 +155,12 @@ def is_mergekit(document: Node) -> bool:
     return (
         "merge_method" in keys
         or "layer_slices" in keys
-        or ("experts" in keys and "base_model" in keys)
+        or ("experts" in keys and bool({"base_model", "gate_mode"} & keys.keys()))
         or "genome" in keys
     )
 
 
-def read(documents: Sequence[Node], resolve: Callable[[str], str] = resolve) -> Plan:
+def read(documents: Sequence[Node], resolve: Callable[[str], str] = resolve) -> Plan | Mixture:
     """A plan from the documents of a file. No weights are opened.
 
     Args:
@@ -168,6 +170,10 @@ def read(documents: Sequence[Node], resolve: Callable[[str], str] = resolve) -> 
     Raises:
         Error: what is wrong with it, with line and column.
     """
+    whole = [node for node in documents if node.value is not None]
+    keys = whole[0].value if len(whole) == 1 and isinstance(whole[0].value, Mapping) else {}
+    if "experts" in keys and "merge_method" not in keys:
+        return _mergekit_moe.read(whole[0], resolve)
     warnings: list[str] = []
     read_ones = [_read_one(node, warnings.append) for node in documents if node.value is not None]
     if not read_ones:
@@ -210,7 +216,9 @@ def _read_one(node: Node, warn: Callable[[str], None]) -> Document:
     if "merge_method" not in node.value:
         for key in MOE_KEYS:
             if key in node.value:
-                raise node.at(key).error(f"{key}: mixtures of experts are not made from files of mergekit yet")
+                raise node.at(key).error(
+                    f"{key}: a mixture of experts stands alone in its file; it is no input of a merge"
+                )
     return read_document(node, warn)
 
 

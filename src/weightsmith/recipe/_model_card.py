@@ -9,10 +9,10 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from weightsmith._version import __version__
-from weightsmith.recipe._yaml import Node, plain
+from weightsmith.recipe._yaml import Node, plain, scalar
 from weightsmith.weights import Weights, dtype_name
 
 if TYPE_CHECKING:
@@ -88,8 +88,10 @@ def _about(weights: Weights) -> str:
 
 def _table(rows: Sequence[tuple[str, Mapping[str, float]]]) -> str:
     names = list(dict.fromkeys(name for _, figures in rows for name in figures))
-    head = ["| checkpoint | " + " | ".join(names) + " |", "|---|" + "---:|" * len(names)]
-    body = [f"| {of} | " + " | ".join(_number(figures.get(name)) for name in names) + " |" for of, figures in rows]
+    head = ["| checkpoint | " + " | ".join(map(_escaped, names)) + " |", "|---|" + "---:|" * len(names)]
+    body = [
+        f"| {_escaped(of)} | " + " | ".join(_number(figures.get(name)) for name in names) + " |" for of, figures in rows
+    ]
     return "\n".join([*head, *body])
 
 
@@ -103,11 +105,24 @@ def _fenced(text: str, language: str) -> str:
 
 
 def _line(text: str) -> str:
-    return " ".join(text.split()) or "A model"
+    return _escaped(text) or "A model"
+
+
+def _escaped(text: str) -> str:
+    """Words of a user's in one line of Markdown: no heading, link, tag or cell of its own."""
+    return re.sub(r"([\\`*\[\]<>|#&~])", r"\\\1", " ".join(text.split()))
 
 
 def written(document: Node) -> str:
     """A document as YAML again, with the values that it has now."""
     import yaml
 
-    return yaml.safe_dump(plain(document), sort_keys=False, allow_unicode=True, width=100)
+    class Dumper(yaml.SafeDumper):
+        """Quotes what `load` would take for something else than a text: ``1e-5`` is one to PyYAML, not to us."""
+
+    def text(dumper: Any, value: str) -> Any:
+        style = None if isinstance(scalar(value), str) else "'"
+        return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
+
+    Dumper.add_representer(str, text)
+    return yaml.dump(plain(document), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=100)

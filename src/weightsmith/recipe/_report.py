@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,7 +77,7 @@ def _drawings(recipe: Recipe, rows: Sequence[Row], measure: str) -> list[tuple[F
     lines = series(rows, numeric[0], measure)
     if not any(len(points) > 1 for points in lines.values()):
         return []
-    key = f"figure-{len(measure)}-{measure}".replace(" ", "-")
+    key = f"figure-{[one.name for one in recipe.measures].index(measure)}-" + re.sub(r"[^A-Za-z0-9]+", "-", measure)
     drawing = curve(lines, numeric[0], measure, key)
     said = "; ".join(f"{label or measure}: " + ", ".join(f"{x:g} gives {y:.4g}" for x, y in points)
                      for label, points in lines.items())  # fmt: skip
@@ -111,12 +112,19 @@ def curve(lines: Mapping[str, Sequence[tuple[float, float]]], x: str, y: str, ke
         axes = drawing.subplots()
         for number, (label, points) in enumerate(lines.items()):
             marker = "oDs^vP"[number % 6]
-            axes.plot(*zip(*points, strict=True), marker=marker, markersize=4, color=colours[number % 4], label=label)
-        axes.set_xlabel(x)
-        axes.set_ylabel(y)
+            axes.plot(
+                *zip(*points, strict=True), marker=marker, markersize=4, color=colours[number % 4], label=_shown(label)
+            )
+        axes.set_xlabel(_shown(x))
+        axes.set_ylabel(_shown(y))
         if len(lines) > 1:
             drawing.legend(loc="outside upper left", ncols=1)
     return drawing
+
+
+def _shown(text: str) -> str:
+    """Text in a drawing: matplotlib takes what stands between dollars for mathematics."""
+    return text.replace("$", r"\$")
 
 
 def _written(saved: Sequence[Saved]) -> str:

@@ -80,6 +80,8 @@ def finished(weights: Weights, path: str, *, exact: bool = True) -> Saved | None
     if exact and said != lineages.parsed(lineages.written(weights.lineage)):
         return None
     place = Path(path)
-    files = sorted(str(file.relative_to(place)) for file in place.rglob("*") if file.is_file()) if place.is_dir() else []
+    files = (
+        sorted(str(file.relative_to(place)) for file in place.rglob("*") if file.is_file()) if place.is_dir() else []
+    )
     nbytes = sum((place / file).stat().st_size for file in files) if files else place.stat().st_size
     return Saved(path, tuple(files) or (place.name,), len(weights) - len(weights.ties), nbytes, len(weights))
