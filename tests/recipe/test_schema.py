@@ -50,6 +50,7 @@ BAD = [
     ("inputs: {a: {path: [a]}}\n" + SAVE, "1:20", "path of the input a must be a word, got a list"),
     # steps
     (step("models: [a]"), "2:12", "needs method:"),
+    (HEAD + "steps: {a: {expression: b}}\n" + SAVE, "2:12", "'a' already"),
     (step("method: [merge.mean]"), "2:21", "such as merge.ties, got a list"),
     (step("method: merge.lift, models: [a]"), "2:21", "no method 'merge.lift'"),
     (step("method: merge.METHODS"), "2:21", "no method"),
@@ -200,7 +201,10 @@ SETTINGS = [
     (["save.p/y.pt=x"], "save.p/y.pt", "x"),
     (["save.p/y.pt.weights=x"], "save.p/y.pt", {"weights": "x"}),
     (["evaluate.q.on=[x]"], "evaluate.q", {"with": "s.py:f", "on": ["x"]}),
+    (["evaluate.v1.5=s.py:g"], "evaluate.v1.5", "s.py:g"),
     (["sweep.t.amount=[1, 2]"], "sweep.t.amount", [1, 2]),
+    (["t.pats.h.0=0.3"], "steps.t.pats", {"h": 1, "h.0": 0.3}),
+    (["save.dtype=x"], "save.dtype", "x"),
     (["title=Other"], "title", "Other"),
     (["x.weight="], "steps.x.weight", None),
 ]
@@ -208,7 +212,7 @@ SET = """
 inputs: {a: a, b: b}
 steps:
   x: {method: merge.mean, models: [a, b]}
-  t: {density: 0.5, amount: , curve: {by_depth: [0.0, 1.0]}}
+  t: {density: 0.5, amount: , curve: {by_depth: [0.0, 1.0]}, pats: {h: 1, h.0: 2}}
 save: {o/x.safetensors: x}
 evaluate: {q: s.py:f}
 """

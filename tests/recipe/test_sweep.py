@@ -68,7 +68,8 @@ def test_too_many():
         variants(
             of(
                 "inputs: {a: a, b: b}\nsteps:\n  x: {method: merge.wise_ft, models: [a], base: b}\n"
-                f"  y: {{method: merge.wise_ft, models: [x], base: b}}\nsweep: {{x.amount: [{many}], y.amount: [{many}]}}\n"
+                "  y: {method: merge.wise_ft, models: [x], base: b}\n"
+                f"sweep: {{x.amount: [{many}], y.amount: [{many}]}}\n"
                 "save: {'{x.amount}{y.amount}': y}"
             )
         )

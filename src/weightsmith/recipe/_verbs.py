@@ -28,6 +28,8 @@ def drop(weights: Source, pattern: str | Sequence[str]) -> Weights:
 
 def rename(weights: Source, names: Mapping[str, str]) -> Weights:
     """Other names: ``{old: new}``."""
+    if not isinstance(names, Mapping) or not all(isinstance(name, str) for pair in names.items() for name in pair):
+        raise Error("names must be a mapping of old names to new ones")
     return open(weights).rename(names)
 
 
