@@ -343,3 +343,17 @@ def test_identities() -> None:
     assert not same(tensors.cast("bf16").node("a"), tensors.cast("fp16").node("a"))
     assert not same(node, held(numbers((3,))))
     assert not same(apply(torch.neg, node), apply(torch.neg, node, offset=5))
+
+
+def test_totals_hold_no_more_than_they_may():
+    from weightsmith.solve._top import Between
+    from weightsmith.weights._lazy import Totals
+
+    kept = Totals(capacity=1000)
+    run = (0, {0: (torch.zeros(10, dtype=torch.int32), torch.zeros(10, dtype=torch.int32))})
+    kept.put("a", [Between(10, (0,), (run,))])
+    assert kept.left == 1000 - 80
+    kept.put("b", [(torch.zeros(100), torch.zeros(100, dtype=torch.float64))])
+    assert kept.get("b") is None
+    kept.put("c", [torch.zeros(230)])
+    assert (kept.left, kept.get("c") is None) == (0, False)

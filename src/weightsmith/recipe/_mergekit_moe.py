@@ -34,8 +34,7 @@ class Mixture:
             return assemble_document(plain(self.node), self._opened)
         except ValueError as error:
             key = str(error).partition(":")[0].partition("[")[0]  # what it speaks of, if it is a key of the file
-            near = self.node.value[key] if key in self.node.value else self.node
-            raise near.error(str(error)) from None
+            raise self.node.value.get(key, self.node).error(str(error)) from None
 
     def explain(self) -> list[Any]:
         """Nothing is done to any tensor but to rename it."""

@@ -22,7 +22,7 @@ import threading
 import uuid
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Literal, Protocol
 
 import torch
@@ -427,16 +427,22 @@ class Totals:
 
     def put(self, key: str, results: list[Any]) -> None:
         """Remember them if there is room."""
-        size = sum(part.nbytes for result in results for part in _tensors(result))
+        size = _bytes(results)
         with self._lock:
             if size <= self.left and key not in self._found:
                 self.left -= size
                 self._found[key] = results
 
 
-def _tensors(value: Any) -> list[Tensor]:
-    parts = value if isinstance(value, tuple) else (value,)
-    return [part for part in parts if isinstance(part, Tensor)]
+def _bytes(value: Any) -> int:
+    """What a result of a pass takes, whatever it is made of."""
+    if isinstance(value, Tensor):
+        return value.nbytes
+    if isinstance(value, Mapping):
+        return sum(map(_bytes, value.values()))
+    if isinstance(value, list | tuple):
+        return sum(map(_bytes, value))
+    return sum(_bytes(getattr(value, field.name)) for field in fields(value)) if is_dataclass(value) else 0
 
 
 class Reduction:
