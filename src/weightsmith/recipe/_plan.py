@@ -16,7 +16,7 @@ from weightsmith.recipe._sweep import Variant, variants
 from weightsmith.recipe._yaml import Node
 from weightsmith.weights import Scratch, Weights
 from weightsmith.weights._execute import default_threads
-from weightsmith.weights._lazy import UNIT, Lazy, reductions_of
+from weightsmith.weights._lazy import CHUNK, Lazy, reductions_of, sources
 from weightsmith.weights._lazy import Output as Computed
 from weightsmith.weights._save import check_executor
 
@@ -35,7 +35,7 @@ class Planned:
     passes_at_least: bool
     memory: int
     seconds: float
-    """Estimated from one piece of the largest tensor."""
+    """Estimated from the time of one tensor."""
     free: int
 
 
@@ -113,32 +113,45 @@ WRITING = 1e9
 """Bytes a second that a disk takes, for an estimate."""
 
 
+ENOUGH = 4_000_000
+"""Bytes of inputs that a tensor should have to be timed on."""
+
+
 def estimate(weights: Weights, writes: int, threads: int | None = None) -> float:
-    """Seconds that a save will take, roughly: one piece of the largest tensor is timed."""
-    nodes = [weights.node(name) for name in weights if name not in weights.ties]
-    computed = [node for node in nodes if isinstance(node, Computed) and node.spec.numel]
+    """Seconds that a save will take, roughly: one tensor of a middling size is made, and its time is scaled up."""
+    nodes = {id(weights.node(name)): weights.node(name) for name in weights}
+    sizes = {key: _input_bytes(node) for key, node in nodes.items()}
+    computed = [node for node in nodes.values() if isinstance(node, Computed) and node.spec.numel]
     if not computed:
         return 3 * writes / WRITING
-    largest = max(computed, key=lambda node: node.spec.numel)
-    total = sum(node.spec.numel for node in computed)
-    return total * _seconds_each(largest) / (threads or default_threads()) + writes / WRITING
+    # Statistics of the whole model are left for the run itself.
+    own = [node for node in computed if all(len(one.items) == 1 for one in reductions_of(node))] or computed
+    ranked = sorted(own, key=lambda node: sizes[id(node)])
+    tried = next((node for node in ranked if sizes[id(node)] >= ENOUGH), ranked[-1])
+    together = {id(node.work): sizes[key] for key, node in nodes.items() if isinstance(node, Computed)}
+    each = _cpu_seconds(tried) / max(sizes[id(tried)], 1)
+    return sum(together.values()) * each / (threads or default_threads()) + writes / WRITING
 
 
-def _seconds_each(node: Lazy) -> float:
-    """Seconds that an element of a tensor takes."""
-    reductions = reductions_of(node)
-    best = float("inf")
-    for _ in range(2):  # the first touches the pages
-        started, elements = time.perf_counter(), 0
-        if reductions:
-            elements = _one_piece(reductions)
-        if not elements:
-            stop = min(max(UNIT // node.grain, 1) * node.grain, node.spec.numel)
-            if not reductions:
-                node.read(0, stop, Scratch())
-            elements = stop
-        best = min(best, (time.perf_counter() - started) / elements)
-    return best * (1 + 2 * len(reductions))
+def _input_bytes(node: Lazy) -> int:
+    """What a tensor is made from, each input once."""
+    return sum(leaf.spec.nbytes for leaf in sources(node) if not list(leaf.inputs()))
+
+
+def _cpu_seconds(node: Lazy) -> float:
+    """Processor seconds that it takes to make a tensor: all of it, or one piece where it needs the whole model."""
+    scratch, step = Scratch(), max(CHUNK // node.grain, 1) * node.grain
+    joint = any(len(one.items) > 1 for one in reductions_of(node))
+    started = time.process_time()
+    if joint:
+        elements = _one_piece(reductions_of(node))
+        share = elements / max(node.spec.numel, 1)
+        return (time.process_time() - started) / max(share, 1e-9) * 3
+    for start in range(0, node.spec.numel, step):
+        scratch.next_chunk()
+        node.read(start, min(start + step, node.spec.numel), scratch)
+    scratch.next_unit()
+    return time.process_time() - started
 
 
 def _one_piece(reductions: Sequence[Any]) -> int:
@@ -146,7 +159,7 @@ def _one_piece(reductions: Sequence[Any]) -> int:
     passes = reductions[0].passes()
     calls = next(passes, None)
     if not calls:
-        return 0
+        return 1
     calls[0](Scratch())
     passes.close()
     item, first, last = reductions[0].units[0]
