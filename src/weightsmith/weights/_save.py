@@ -54,7 +54,7 @@ MEMORY_EACH = 256_000_000
 """Bytes in flight for each thread, unless ``memory`` says otherwise."""
 
 _COPY_BUFFER = 2**20
-_PLAIN = 4
+_PLAIN = 2
 
 
 @dataclass(frozen=True)
