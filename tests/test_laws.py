@@ -187,6 +187,9 @@ ROOMS = {
     "adapt": Room(lambda kernel, sample: (), lambda sample: (), prune_lazily, prune_directly),
 }
 
+READING = {"inspect"}
+"""Rooms that change nothing: their functions are lifted from nothing and have no laws in common."""
+
 METHODS = {
     f"{room}.{name}": method
     for room in ROOMS
@@ -233,7 +236,7 @@ def close(found: Tensor, expected: Tensor, inputs: Tensor, what: str) -> None:
 
 def test_every_room_with_methods_is_known_here():
     rooms = {file.parent.name for file in PACKAGE.glob("*/__init__.py") if "METHODS = table(" in file.read_text()}
-    assert rooms == set(ROOMS)
+    assert rooms == set(ROOMS) | READING
 
 
 @pytest.mark.parametrize("room", ROOMS)

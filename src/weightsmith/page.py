@@ -32,7 +32,7 @@ COLOURS = {
 }
 """Colours to draw with. They are place holders: `themed_svg` replaces each by the variable of its name."""
 
-_LIGHT = {
+LIGHT = {
     "ink": "#1b1f23",
     "muted": "#57606a",
     "rule": "#d0d7de",
@@ -43,6 +43,8 @@ _LIGHT = {
     "green": "#1a7f37",
     "violet": "#7a3fbf",
 }
+"""The colours of a light page, for a drawing that stands alone."""
+
 _DARK = {
     "ink": "#e6e8ea",
     "muted": "#a3adb6",
@@ -188,7 +190,7 @@ def _colours() -> str:
         return ":root {" + "".join(f" --{name}: {value};" for name, value in values.items()) + " }"
 
     dark = f"@media screen and (prefers-color-scheme: dark) {{ {block(_DARK)} }}"
-    return f"\n:root {{ color-scheme: light dark; }}\n{block(_LIGHT)}\n{dark}"
+    return f"\n:root {{ color-scheme: light dark; }}\n{block(LIGHT)}\n{dark}"
 
 
 def paragraph(text: str, kind: str = "") -> str:
@@ -255,11 +257,11 @@ def figure(drawing: Figure, key: str, caption: str, alternative: str) -> str:
     return f"<figure>\n{themed_svg(drawing, key, alternative)}\n<figcaption>{escape(caption)}</figcaption>\n</figure>"
 
 
-def drawing_style(key: str) -> AbstractContextManager[Any]:
-    """The matplotlib settings under which a drawing for a page is made and written."""
+def drawing_style(key: str, colours: Mapping[str, str] = COLOURS) -> AbstractContextManager[Any]:
+    """The matplotlib settings under which a drawing is made and written; by default one for a page."""
     import matplotlib
 
-    ink, muted, rule = COLOURS["ink"], COLOURS["muted"], COLOURS["rule"]
+    ink, muted, rule = colours["ink"], colours["muted"], colours["rule"]
     return matplotlib.rc_context(
         {
             "svg.fonttype": "none",
