@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from weightsmith import native
 from weightsmith.errors import Error
 from weightsmith.merge._parts import workspace
 from weightsmith.merge._trim import Dialect, Numbers, Trim, Trimming, fractions, known, scaled
@@ -81,12 +82,25 @@ def _drawn(
         chance = by_rank(delta.abs(), share, spread, row) if row else delta.new_tensor(share)
         if row:
             mask = uniform(numbers, start=start, seed=seed, key=key_of_model).to(delta.device) < chance
+        elif _dropped(delta, float(chance), inverse, start=start, seed=seed, key=key_of_model):
+            continue
         else:
             mask = below(float(chance), numbers, start=start, seed=seed, key=key_of_model).to(delta.device)
         # By way of bytes: torch turns booleans to floats one by one.
         factor = workspace(delta.shape, delta.dtype, delta.device, "factor").copy_(mask.view(torch.uint8))
         delta.mul_(factor.div_(chance.clamp(min=torch.finfo(chance.dtype).tiny)) if inverse else factor)
     return deltas
+
+
+def _dropped(delta: Tensor, chance: float, inverse: bool, *, start: int, seed: int, key: str) -> bool:
+    """What `_drawn` does to one model where all have one chance, in one loop; False where there is none for it."""
+    width, limit = _numbers_below(chance)
+    if not 0 < limit < 2**width:
+        return False
+    source, skipped = _source(start, seed, key, width)
+    state = source.state["state"]
+    factor = float(delta.new_ones(()).div_(chance)) if inverse else 1.0
+    return native.dropped(delta, state["state"], state["inc"], skipped, width, limit, factor)
 
 
 def by_rank(size: Tensor, density: float, epsilon: float, row: int) -> Tensor:
@@ -119,9 +133,7 @@ def below(chance: float, count: int, *, start: int, seed: int, key: str) -> Tens
     >>> torch.equal(below(0.3, 5, start=3, seed=0, key="w"), below(0.3, 8, start=0, seed=0, key="w")[3:])
     True
     """
-    short = round(chance * 2**16)
-    width = 16 if abs(short / 2**16 - chance) <= CLOSE * min(chance, 1 - chance) else 32
-    limit = round(chance * 2**width)
+    width, limit = _numbers_below(chance)
     if not 0 < limit < 2**width:
         return torch.full((count,), limit > 0)
     found = np.empty(count, dtype=np.bool_)
@@ -130,17 +142,30 @@ def below(chance: float, count: int, *, start: int, seed: int, key: str) -> Tens
     return torch.from_numpy(found)
 
 
-def _bits(count: int, start: int, seed: int, key: str, width: int) -> Iterator[tuple[int, np.ndarray]]:
-    """The row of numbers of ``width`` bits from ``start`` on, in pieces that stay in the cache, each with its place."""
+def _numbers_below(chance: float) -> tuple[int, int]:
+    """How many bits a number needs to be below a limit with a probability, and that limit."""
+    short = round(chance * 2**16)
+    width = 16 if abs(short / 2**16 - chance) <= CLOSE * min(chance, 1 - chance) else 32
+    return width, round(chance * 2**width)
+
+
+def _source(start: int, seed: int, key: str, width: int) -> tuple[np.random.PCG64DXSM, int]:
+    """A generator at the word that holds number ``start``, and how many numbers stand before it in that word."""
     named = hashlib.blake2b(json.dumps([int(seed), key]).encode(), digest_size=32).digest()
     state, odd = int.from_bytes(named[:16], "little"), int.from_bytes(named[16:], "little") | 1
-    per = 64 // width
-    skipped, inside = divmod(start, per)
+    skipped, inside = divmod(start, 64 // width)
     source = np.random.PCG64DXSM(0)
     source.state = {
         "bit_generator": "PCG64DXSM", "state": {"state": state, "inc": odd}, "has_uint32": 0, "uinteger": 0
     }  # fmt: skip
     source.advance(skipped)
+    return source, inside
+
+
+def _bits(count: int, start: int, seed: int, key: str, width: int) -> Iterator[tuple[int, np.ndarray]]:
+    """The row of numbers of ``width`` bits from ``start`` on, in pieces that stay in the cache, each with its place."""
+    source, inside = _source(start, seed, key, width)
+    per = 64 // width
     place = -inside
     while place < count:
         wanted = min(_PIECE, -(-(count - place) // per))

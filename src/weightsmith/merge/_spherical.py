@@ -21,16 +21,24 @@ from weightsmith.errors import Error
 from weightsmith.merge._parts import at_least, combined, shares, wide
 from weightsmith.weights import working
 
+_BLOCK = 2**16
+"""Elements of a model that are made float64 at once."""
+
 STRAIGHT = 1 - 1e-14
 """Above this cosine an arc and its chord are the same in float64."""
 
 
 def gram(models: Tensor, base: Tensor | None = None) -> Tensor:
     """Inner products ``[k, k]`` of models, or of task vectors, in float64; additive over chunks."""
-    flat = models.reshape(len(models), models[0].numel()).double()
-    if base is not None:
-        flat = flat - base.reshape(-1).double()
-    return flat @ flat.T
+    flat = models.reshape(len(models), models[0].numel())
+    origin = None if base is None else base.reshape(-1)
+    total = torch.zeros(len(flat), len(flat), dtype=torch.float64, device=flat.device)
+    for begin in range(0, flat.shape[1], _BLOCK):
+        part = flat[:, begin : begin + _BLOCK].double()
+        if origin is not None:
+            part -= origin[begin : begin + _BLOCK].double()
+        total.addmm_(part, part.T)
+    return total
 
 
 def slerp_coefficients(gram: Tensor, *, t: float = 0.5, threshold: float = 0.9995) -> Tensor:

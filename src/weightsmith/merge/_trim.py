@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from weightsmith import native
 from weightsmith.errors import Error
 from weightsmith.merge._parts import shares, wide, workspace
 from weightsmith.solve import NOTHING, Cut, cuts_at, shrink
@@ -196,6 +197,11 @@ def elected(
         raise Error(f"combine must be 'mean', 'sum' or 'max', got {combine!r}")
     weights = shares(weight, len(deltas), False)
     by_number = dialect in ("paper", "peft")
+    if how != "max":
+        vote = "plain" if by_number else "weighted" if dialect == "mergekit" else "count"
+        made = native.elected(deltas, weights, vote, how == "mean", tie)
+        if made is not None:
+            return made
     if by_number:
         sign = _sum(deltas)
     else:

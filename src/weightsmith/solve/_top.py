@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from weightsmith import native
 from weightsmith.weights import Pass
 
 BUCKETS = 2**16
@@ -167,37 +168,43 @@ class Between:
 
     def cut(self, row: int, keep: int) -> Cut | None:
         """The cut that keeps ``keep`` of a row: the highest, and of equal ones the first. None if it is elsewhere."""
-        key = torch.cat([found[row][1] for _, found in self.runs]).cpu().numpy()
+        runs = [(start, *found[row]) for start, found in self.runs]
+        key = torch.cat([keys for _, _, keys in runs]).cpu().numpy()
         left = keep - self.above[row]
         if not 0 < left <= len(key):
             return None
-        level = int(np.partition(key, len(key) - left)[len(key) - left])
-        places = torch.cat([found[row][0].cpu() + start for start, found in self.runs])
-        equal = np.flatnonzero(key == level)
+        key.partition(len(key) - left)
+        level = int(key[len(key) - left])
         left -= int(np.count_nonzero(key > level))
-        return Cut(level, int(places[equal[left - 1]]) + 1)
+        for start, places, keys in runs:
+            equal = (keys == level).nonzero().flatten()
+            if left <= len(equal):
+                return Cut(level, start + int(places[equal[left - 1]]) + 1)
+            left -= len(equal)
+        raise AssertionError("a level has fewer scores than were counted")
 
 
 def _between(*chunk: Any, scores: Scores, bounds: Mapping[int, tuple[int, int]], positive: bool, start: int) -> Between:
     key = _keys(scores(*chunk), positive)
     above, found = [0] * len(key), {}
     for row, (lower, upper) in bounds.items():
-        places, above[row] = _inside_bounds(key[row], lower, upper)
-        found[row] = (places.to(torch.int32), key[row][places])
+        places, values, above[row] = native.inside(key[row], lower, upper) or _inside(key[row], lower, upper)
+        found[row] = (places, values)
     return Between(key.shape[1], tuple(above), ((start, found),))
 
 
-def _inside_bounds(key: Tensor, lower: int, upper: int) -> tuple[Tensor, int]:
-    """Where keys lie in ``[lower, upper)``, and how many lie above."""
+def _inside(key: Tensor, lower: int, upper: int) -> tuple[Tensor, Tensor, int]:
+    """Where keys lie in ``[lower, upper)``, they themselves, and how many lie above."""
     top = torch.iinfo(torch.int32).max
-    if not key.is_cpu:
+    if key.is_cpu:  # by way of numpy: several times as fast as torch's comparisons and its nonzero
+        values = key.numpy()
+        distance = np.subtract(values, np.int32(lower)).view(np.uint32)  # what is below wraps around
+        places = torch.from_numpy(np.flatnonzero(distance <= np.uint32(upper - lower - 1)))
+        above = int(np.count_nonzero(values >= upper)) if upper <= top else 0
+    else:
         places = ((key >= lower) & (key <= min(upper - 1, top))).nonzero().flatten()
-        return places, int((key >= upper).sum()) if upper <= top else 0
-    # By way of numpy: several times as fast as torch's comparisons and its nonzero.
-    values = key.numpy()
-    distance = np.subtract(values, np.int32(lower)).view(np.uint32)  # what is below wraps around
-    places = torch.from_numpy(np.flatnonzero(distance <= np.uint32(upper - lower - 1)))
-    return places, int(np.count_nonzero(values >= upper)) if upper <= top else 0
+        above = int((key >= upper).sum()) if upper <= top else 0
+    return places.to(torch.int32), key[places], above
 
 
 def _by_histograms(scores: Scores, wanted: Mapping[int, int], positive: bool) -> Generator[Pass, Any, dict[int, Cut]]:
@@ -214,8 +221,10 @@ def _by_histograms(scores: Scores, wanted: Mapping[int, int], positive: bool) ->
         missing[row] = count - above
         inside = max(inside, int(high[row][place]))
     if inside <= GATHERED:  # few enough to be looked at one by one
-        gathered = yield Pass(partial(_gather, scores=scores, buckets=buckets, positive=positive))
-        return {row: gathered.cut(row, bucket, missing[row]) for row, bucket in buckets.items()}
+        bounds = {row: (bucket << 16, (bucket + 1) << 16) for row, bucket in buckets.items()}
+        between = yield Pass(partial(_between, scores=scores, bounds=bounds, positive=positive))
+        cuts = {row: between.cut(row, count) for row, count in wanted.items()}
+        return {row: cut for row, cut in cuts.items() if cut is not None}  # none is None: these bounds are exact
     low = yield Pass(partial(_low_histograms, scores=scores, buckets=buckets, positive=positive))
     levels: dict[int, int] = {}
     for (row, bucket), histogram in zip(buckets.items(), low, strict=True):
@@ -228,25 +237,6 @@ def _by_histograms(scores: Scores, wanted: Mapping[int, int], positive: bool) ->
         ends = yield from _ends(scores, levels, missing, positive)
         found = {row: Cut(cut.key, ends.get(row, cut.index)) for row, cut in found.items()}
     return found
-
-
-@dataclass(frozen=True)
-class Gathered:
-    """Scores that share the high half of their keys, row by row, run after run: where they are and their keys."""
-
-    runs: tuple[tuple[int, dict[int, tuple[Tensor, Tensor]]], ...]
-
-    def __add__(self, other: Gathered) -> Gathered:
-        return Gathered(self.runs + other.runs)
-
-    def cut(self, row: int, bucket: int, keep: int) -> Cut:
-        """The cut that keeps ``keep`` of a row's: the highest, and of equal ones the first."""
-        low = torch.cat([found[row][1] for _, found in self.runs]).cpu()
-        places = torch.cat([found[row][0].cpu() + start for start, found in self.runs])
-        histogram = torch.bincount(low, minlength=BUCKETS)
-        place, above = _from_top(histogram, keep)
-        level = (low == place).nonzero().flatten()
-        return Cut((bucket << 16) | place, int(places[level[keep - above - 1]]) + 1)
 
 
 def _ends(
@@ -295,25 +285,9 @@ def _histograms(key: Tensor, positive: bool) -> Tensor:
     return torch.stack([torch.bincount(row, minlength=BUCKETS // 2 if positive else BUCKETS) for row in key])
 
 
-def _inside(key: Tensor, bucket: int) -> Tensor:
-    """Where the high half of a key is ``bucket``."""
-    if key.is_cpu:  # several times as fast as torch's comparison and its nonzero
-        return torch.from_numpy(np.flatnonzero((key.numpy() >> 16) == bucket))
-    return ((key >> 16) == bucket).nonzero().flatten()
-
-
-def _gather(*chunk: Any, scores: Scores, buckets: Mapping[int, int], positive: bool, start: int) -> Gathered:
-    key = _keys(scores(*chunk), positive)
-    found = {}
-    for row, bucket in buckets.items():
-        places = _inside(key[row], bucket)
-        found[row] = (places.to(torch.int32), key[row][places] & 0xFFFF)
-    return Gathered(((start, found),))
-
-
 def _low_histograms(*chunk: Any, scores: Scores, buckets: Mapping[int, int], positive: bool) -> Tensor:
     key = _keys(scores(*chunk), positive)
-    inside = [key[row][_inside(key[row], bucket)] for row, bucket in buckets.items()]
+    inside = [_inside(key[row], bucket << 16, (bucket + 1) << 16)[1] for row, bucket in buckets.items()]
     return torch.stack([torch.bincount(row & 0xFFFF, minlength=BUCKETS) for row in inside])
 
 

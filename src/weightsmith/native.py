@@ -1,0 +1,135 @@
+"""A few inner loops in C, where they were built: optional, and equal to the Python beside them to the bit.
+
+``pip`` builds them where it finds a C compiler. Where there is none, where ``WEIGHTSMITH_NATIVE=0`` is set, and
+for tensors that are not contiguous float32 on a CPU, the functions here answer None, and their callers go on
+with PyTorch and NumPy.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+VERSION = 1
+"""What the C side must say of itself."""
+
+LIBRARY = Path(__file__).with_name("_native.dll" if sys.platform == "win32" else "_native.so")
+
+_VOTES = {"weighted": 0, "count": 1, "plain": 2}
+_KEPT = 2**23
+"""Bytes up to which a buffer is kept by its thread."""
+
+_SPARE = 16
+"""Values that `inside` may write beyond its last."""
+
+
+def available() -> bool:
+    """Whether the loops are there and wanted."""
+    return _library() is not None
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    if os.environ.get("WEIGHTSMITH_NATIVE") == "0" or not LIBRARY.exists():
+        return None
+    try:
+        library = ctypes.CDLL(str(LIBRARY))
+        if library.weightsmith_native_version() != VERSION:
+            return None
+    except (OSError, AttributeError):  # of another system, or of another version
+        return None
+    address, i32, u32, i64, u64, real = (
+        ctypes.c_void_p, ctypes.c_int32, ctypes.c_uint32, ctypes.c_int64, ctypes.c_uint64, ctypes.c_float
+    )  # fmt: skip
+    library.weightsmith_inside.argtypes = [address, i64, i32, u32, i32, address, address, address]
+    library.weightsmith_inside.restype = i64
+    library.weightsmith_elected.argtypes = [address, i64, i64, i64, address, i32, i32, i32, real, real, address]
+    library.weightsmith_elected.restype = None
+    library.weightsmith_dropped.argtypes = [address, i64, u64, u64, u64, u64, i32, i32, u32, real]
+    library.weightsmith_dropped.restype = None
+    return library
+
+
+def _plain(tensor: Tensor) -> bool:
+    return tensor.is_cpu and tensor.itemsize == 4 and tensor.is_contiguous()
+
+
+_own = threading.local()
+
+
+def _room(rows: int, columns: int) -> Tensor:
+    """Uninitialised int32 that nobody keeps. A large buffer made anew for every chunk would be freed between small ones
+    that are kept, and leave holes: twice the memory in the end."""
+    import torch
+
+    kept = getattr(_own, "room", None)
+    if kept is None or kept.numel() < rows * columns:
+        kept = torch.empty(rows * columns, dtype=torch.int32)
+        if kept.nbytes <= _KEPT:
+            _own.room = kept
+    return kept[: rows * columns].view(rows, columns)
+
+
+def inside(key: Tensor, lower: int, upper: int) -> tuple[Tensor, Tensor, int] | None:
+    """Of keys ``[n]`` int32: the places of those in ``[lower, upper)`` int32, they themselves, how many lie above.
+
+    None where there is no native loop for it.
+    """
+    import torch
+
+    library = _library()
+    if library is None or key.dtype != torch.int32 or not _plain(key):
+        return None
+    numel = key.numel()
+    places, found = _room(2, numel + _SPARE)
+    above = ctypes.c_int64()
+    none_above = upper > torch.iinfo(torch.int32).max
+    top = torch.iinfo(torch.int32).max if none_above else upper
+    count = library.weightsmith_inside(
+        key.data_ptr(), numel, lower, upper - lower - 1, top, places.data_ptr(), found.data_ptr(), ctypes.byref(above)
+    )
+    return places[:count].clone(), found[:count].clone(), 0 if none_above else above.value
+
+
+def elected(rows: Tensor, weights: Sequence[float], vote: str, mean: bool, tie: float) -> Tensor | None:
+    """The inner loop of ``merge._trim.elected`` on ``[k, n]`` float32, which are used up; None without one."""
+    import torch
+
+    library = _library()
+    if library is None or rows.dtype != torch.float32 or not _plain(rows) or not rows.numel():
+        return None
+    made = torch.empty(rows.shape[1], dtype=torch.float32)
+    given = (ctypes.c_float * len(weights))(*weights)
+    library.weightsmith_elected(
+        rows.data_ptr(), *rows.shape, rows.shape[1], given, _VOTES[vote], mean, min(weights) < 0, 0.5 * tie,
+        torch.finfo(torch.float32).tiny, made.data_ptr(),
+    )  # fmt: skip
+    return made
+
+
+def dropped(row: Tensor, state: int, increment: int, skipped: int, width: int, limit: int, factor: float) -> bool:
+    """In place, ``row`` ``[n]`` times ``factor`` where its random number is below ``limit``, else times 0.
+
+    The numbers are those of numpy's PCG64DXSM from ``state`` on, ``width`` bits each, after ``skipped`` of the first
+    word. False, and nothing done, where there is no native loop for it.
+    """
+    import torch
+
+    library = _library()
+    if library is None or row.dtype != torch.float32 or not _plain(row) or sys.byteorder != "little":
+        return False
+    low = 2**64 - 1
+    library.weightsmith_dropped(
+        row.data_ptr(), row.numel(), state >> 64, state & low, increment >> 64, increment & low, skipped, width, limit,
+        factor,
+    )  # fmt: skip
+    return True
