@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 NEEDS = ("base", "stats.gram", "stats.activations", "stats.fisher", "evaluate", "graph", "data")
 """Everything that a method may need beside the weights it works on."""
 
-UNITS = ("element", "row", "tensor", "group", "model")
 Unit = Literal["element", "row", "tensor", "group", "model"]
+UNITS: tuple[Unit, ...] = get_args(Unit)
 
 
 @dataclasses.dataclass(frozen=True)

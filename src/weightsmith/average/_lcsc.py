@@ -18,10 +18,8 @@ from weightsmith.average._parts import combination, opened_run
 from weightsmith.average.room import Source
 from weightsmith.card import card
 from weightsmith.errors import Error
+from weightsmith.evaluators import Evaluate
 from weightsmith.weights import Weights
-
-Evaluate = Callable[[Weights], float]
-"""Quality on held-out data; higher is better."""
 
 Coefficients = tuple[float, ...]
 """One for each checkpoint, from the first to the last; they sum to one."""

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from weightsmith.cli._manual import PATH, SAVING, Manual, option, pattern_option
-from weightsmith.cli._rooms import ByDepth, Nothing, Value
+from weightsmith.cli._rooms import Value, built
 from weightsmith.cli._save import save, save_options
 
 _METHOD = "Method"
@@ -70,7 +70,7 @@ def _apply() -> click.Command:
         """
         from weightsmith.adapt import apply as merged
 
-        save(merged(model, adapter, 1.0 if amount is None else _built(amount), tied=tied), given)  # type: ignore[arg-type]
+        save(merged(model, adapter, 1.0 if amount is None else built(amount), tied=tied), given)  # type: ignore[arg-type]
 
     apply.params += save_options()
     return apply
@@ -161,8 +161,8 @@ def _extract() -> click.Command:
         found = extracted(
             model,
             base,
-            _built(rank),
-            energy=_built(energy),
+            built(rank),
+            energy=built(energy),
             pattern=list(pattern) or "*",
             dtype=given.pop("dtype") or "float32",
             threads=given["threads"],
@@ -181,11 +181,3 @@ def _extract() -> click.Command:
 
     extract.params += save_options()
     return extract
-
-
-def _built(value: Any) -> Any:
-    if isinstance(value, ByDepth):
-        from weightsmith import by_depth
-
-        return by_depth(value)
-    return None if isinstance(value, Nothing) else value

@@ -145,16 +145,18 @@ def _latest(run: list[str], last: int | None) -> tuple[Weights, list[str]]:
 def _searched(run: list[str], options: dict[str, Any], given: dict[str, Any]) -> tuple[Weights, list[str]]:
     from weightsmith.average import lawa, lcsc
     from weightsmith.evaluators import evaluator
-    from weightsmith.weights._save import check_target, planned
 
     evaluate = evaluator(options.pop("evaluate"))
     # Whatever would stop the save is found before the search, not hours later.
     shard = given["max_shard_size"]
     likewise = lawa(run, last=len(run))
     likewise = likewise.cast(given["dtype"]) if given["dtype"] else likewise
-    plan = planned(likewise, given["output"], given["format"], None if shard == "none" else shard)
-    if not given["resume"]:
-        check_target(plan, given["overwrite"])
+    likewise.planned(
+        given["output"],
+        format=given["format"],
+        max_shard_size=None if shard == "none" else shard,
+        overwrite=given["overwrite"] or given["resume"],
+    )
     made = lcsc(run, evaluate, **options)
     found = made.lineage.options
     pairs = zip(run, found["coefficients"], strict=True)

@@ -137,7 +137,7 @@ def command(method: Method) -> click.Command:
 
 def _run(method: Method, inputs: Any, chosen: dict[str, Any], given: dict[str, Any]) -> None:
     room = importlib.import_module(f"weightsmith.{method.room}")
-    options = {name: _built(value) for name, value in chosen.items() if value is not None and value != ()}
+    options = {name: built(value) for name, value in chosen.items() if value is not None and value != ()}
     if isinstance(options.get("evaluate"), str):
         from weightsmith.evaluators import evaluator
 
@@ -229,7 +229,8 @@ def _literal(word: str) -> Any:
     return json.loads(word)
 
 
-def _built(value: Any) -> Any:
+def built(value: Any) -> Any:
+    """The value that a method takes for a word of the command line."""
     if isinstance(value, ByDepth):
         from weightsmith import by_depth
 

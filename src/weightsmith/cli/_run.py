@@ -10,7 +10,7 @@ import click
 
 from weightsmith.cli._manual import PATH, SAVING, Manual, Option
 from weightsmith.cli._output import clean, echo_json, echo_table, number, plural, size
-from weightsmith.cli._save import save_options
+from weightsmith.cli._save import said, save_options
 
 if TYPE_CHECKING:
     from weightsmith.recipe import Foreign, Planned, Ran, Recipe, Row, Settings
@@ -130,7 +130,7 @@ def _foreign(
     if as_json:
         echo_json(dataclasses.asdict(saved))
         return
-    click.echo(_saved(saved))
+    click.echo(said(saved))
 
 
 # Words
@@ -190,15 +190,9 @@ def _say(recipe: Recipe, ran: Ran) -> None:
     if ran.best:
         click.echo(clean(f"kept: {', '.join(f'{key}={value}' for key, value in ran.best.items())}"))
     for saved in ran.saved:
-        click.echo(_saved(saved))
+        click.echo(said(saved))
     if ran.report:
         click.echo(clean(f"report: {ran.report}"))
-
-
-def _saved(saved: Any) -> str:
-    again = f", {plural(saved.resumed, 'piece')} found finished" if saved.resumed else ""
-    written = f"{plural(saved.tensors, 'tensor')}, {size(saved.nbytes)} in {plural(len(saved.files), 'file')}"
-    return f"{clean(saved.path)}: {written}{again}"
 
 
 def _record(ran: Ran) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from weightsmith.cli._output import clean, echo_json, plural, size
 
 if TYPE_CHECKING:
     from weightsmith import Weights
+    from weightsmith.weights import Saved
 
 _SECTION = "Output"
 
@@ -112,6 +113,11 @@ def save(weights: Weights, given: dict[str, Any], found: Mapping[str, Any] | Non
     if given.get("as_json"):
         echo_json({**dataclasses.asdict(saved), **(found or {})})
         return
+    click.echo(said(saved))
+
+
+def said(saved: Saved) -> str:
+    """What was written, in a line."""
     again = f", {plural(saved.resumed, 'piece')} found finished" if saved.resumed else ""
     written = f"{plural(saved.tensors, 'tensor')}, {size(saved.nbytes)} in {plural(len(saved.files), 'file')}"
-    click.echo(f"{clean(place)}: {written}{again}")
+    return f"{clean(saved.path)}: {written}{again}"

@@ -106,29 +106,12 @@ def adamerging(
     tensor([[ 1.],
             [-1.]])
     """
-    opened, origin = _checked(models, base, data, loss, "adamerging")
-    ways = forwards(forward, len(opened), "adamerging")
-    space = span(module, opened, origin, per, "adamerging")
-    weight = _initial(space, len(opened), initial, bounds, "adamerging")
-
-    def slope(values: Values, task: int, batch: Batch) -> Tensor:
-        return asked(space, space.mixed(values["weight"]), batch, task, loss, ways[task])
-
-    with restored(module):
-        found = descend(
-            "adamerging",
-            {"weight": weight},
-            data,
-            slope,
-            steps=steps,
-            rate=rate,
-            seed=seed,
-            bounds={"weight": bounds},
-            tell=_teller(space, on_step),
-        )
-    chosen = space.option(found["weight"])
-    merged = _sum_of(opened, origin, weight=chosen)
-    return merged.zip_nodes(lambda name, node: node, (), "merge.adamerging", {"weight": chosen})
+    shared, _ = _descended(
+        "adamerging", models, base, module, data, None,
+        per=per, loss=loss, initial=initial, bounds=bounds, steps=steps, rate=rate, seed=seed, forward=forward,
+        on_step=on_step,
+    )  # fmt: skip
+    return shared
 
 
 class Tinted(NamedTuple):
@@ -204,11 +187,38 @@ def tint(
     >>> [bool(tinted.task(task)["bias"][0] > 0) for task in (0, 1)]
     [True, False]
     """
-    opened, origin = _checked(models, base, data, loss, "tint")
-    ways = forwards(forward, len(opened), "tint")
-    space = span(module, opened, origin, per, "tint")
-    names = _private(space, layer)
-    weight = _initial(space, len(opened), initial, bounds, "tint")
+    shared, private = _descended(
+        "tint", models, base, module, data, layer,
+        per=per, loss=loss, initial=initial, bounds=bounds, steps=steps, rate=rate, seed=seed, forward=forward,
+        on_step=on_step,
+    )  # fmt: skip
+    return Tinted(shared, private)
+
+
+def _descended(
+    method: str,
+    models: Sequence[Source],
+    base: Source,
+    module: nn.Module,
+    data: Sequence[Iterable[Batch]],
+    layer: Pattern | None,
+    *,
+    per: Per,
+    loss: Objective | Loss,
+    initial: float,
+    bounds: tuple[float, float],
+    steps: int,
+    rate: float,
+    seed: int,
+    forward: Forward | Sequence[Forward] | None,
+    on_step: Callable[[Progress], None] | None,
+) -> tuple[Weights, tuple[Weights, ...]]:
+    """The merge with learned coefficients, and for each task what it keeps of ``layer``: nothing without one."""
+    opened, origin = _checked(models, base, data, loss, method)
+    ways = forwards(forward, len(opened), method)
+    space = span(module, opened, origin, per, method)
+    names = set[str]() if layer is None else _private(space, layer)
+    weight = _initial(space, len(opened), initial, bounds, method)
     own = {
         f"{task} {name}": space.start[name] + space.directions[name][task]
         for task in range(len(opened))
@@ -221,7 +231,7 @@ def tint(
 
     with restored(module):
         found = descend(
-            "tint",
+            method,
             {"weight": weight, **own},
             data,
             slope,
@@ -233,12 +243,13 @@ def tint(
         )
     chosen = space.option(found["weight"])
     merged = _sum_of(opened, origin, weight=chosen)
-    shared = merged.zip_nodes(lambda name, node: node, (), "merge.tint", {"weight": chosen})
+    shared = merged.zip_nodes(lambda name, node: node, (), f"merge.{method}", {"weight": chosen})
     private = tuple(
         _kept(shared, {name: found[f"{task} {first}"] for name, first in space.first.items() if first in names}, task)
         for task in range(len(opened))
+        if names
     )
-    return Tinted(shared, private)
+    return shared, private
 
 
 def _checked(

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from weightsmith.card import card
-from weightsmith.errors import Error, did_you_mean
-from weightsmith.merge._parts import shares
+from weightsmith.errors import Error
+from weightsmith.merge._parts import learned, shares
 from weightsmith.merge.room import Source, check_alike, opened_models
 from weightsmith.weights import (
     Inputs,
@@ -26,7 +26,6 @@ from weightsmith.weights import (
     Stack,
     Weights,
     apply,
-    matches,
     open,
     resolve,
     single,
@@ -129,15 +128,6 @@ def match_moments(
 
     options = {"weight": weight, "rows": rows}
     return own.zip_nodes(build, tuple(opened), "merge.match_moments", options, apart)
-
-
-def learned(weights: Weights, pattern: Pattern, method: str) -> list[str]:
-    """The tensors with floats that a pattern names, without batch norm's running statistics; an error if none."""
-    able = [n for n in weights.names(floating=True) if not n.endswith(("running_mean", "running_var"))]
-    names = [name for name in able if matches(pattern, name)]
-    if not names:
-        raise Error(f"{method}: no tensor with floats fits pattern={pattern!r}{did_you_mean(str(pattern), able)}")
-    return names
 
 
 def _shared(weight: float | Sequence[float] | None, count: int, name: str) -> tuple[float, ...]:

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from weightsmith.errors import Error
-from weightsmith.weights import promote, working_dtype
+from weightsmith.errors import Error, did_you_mean
+from weightsmith.weights import Pattern, Weights, matches, promote, working_dtype
 
 
 def at_least(count: int, models: Tensor, method: str) -> None:
@@ -62,6 +62,15 @@ def shares(weight: float | Sequence[float] | None, count: int, normalize: bool) 
     if abs(total) < 1e-12 * max(map(abs, given), default=1.0) or total == 0:
         raise Error(f"the weights {given} sum to zero, so they cannot be normalized; pass normalize=False")
     return [value / total for value in given]
+
+
+def learned(weights: Weights, pattern: Pattern, method: str) -> list[str]:
+    """The tensors with floats that a pattern names, without batch norm's running statistics; an error if none."""
+    able = [n for n in weights.names(floating=True) if not n.endswith(("running_mean", "running_var"))]
+    names = [name for name in able if matches(pattern, name)]
+    if not names:
+        raise Error(f"{method}: no tensor with floats fits pattern={pattern!r}{did_you_mean(str(pattern), able)}")
+    return names
 
 
 def combined(models: Tensor, coefficients: Sequence[float]) -> Tensor:

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from weightsmith.card import card
 from weightsmith.errors import Error, did_you_mean, listed
-from weightsmith.merge._moments import learned
-from weightsmith.merge._parts import delta_gram, wide
+from weightsmith.merge._parts import delta_gram, learned, wide
 from weightsmith.merge.room import Source, check_alike
 from weightsmith.quantize import dequantize
 from weightsmith.weights import (

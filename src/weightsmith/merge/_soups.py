@@ -13,12 +13,10 @@ from dataclasses import dataclass
 
 from weightsmith import progress
 from weightsmith.card import card
+from weightsmith.evaluators import Evaluate
 from weightsmith.merge import _mean
 from weightsmith.merge.room import Source, check_alike, lift, opened_models
 from weightsmith.weights import Weights
-
-Evaluate = Callable[[Weights], float]
-"""Quality on held-out data; higher is better."""
 
 _mean_of = lift(_mean.mean)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from weightsmith.recipe import _model_card
-from weightsmith.recipe._plan import Planned, estimate
+from weightsmith.recipe._plan import Planned, estimate, told
 from weightsmith.recipe._read import Foreign
 from weightsmith.recipe._run import is_folder
 from weightsmith.recipe._save import Settings
@@ -18,19 +18,7 @@ def plan(recipe: Foreign, path: str, settings: Settings | None = None) -> Planne
     settings = settings or Settings()
     weights = recipe.build()
     taken = weights.planned(path, **settings.planning({}))
-    return Planned(
-        path=path,
-        weights="merge",
-        values={},
-        tensors=taken.tensors,
-        reads=taken.reads,
-        writes=taken.writes,
-        passes=taken.passes,
-        passes_at_least=taken.passes_at_least,
-        memory=taken.memory,
-        seconds=estimate(weights, taken.writes, settings.threads),
-        free=taken.free,
-    )
+    return told(taken, path, "merge", {}, estimate(weights, taken.writes, settings.threads))
 
 
 def run(recipe: Foreign, path: str, settings: Settings | None = None) -> Saved:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from weightsmith.errors import missing
-from weightsmith.recipe._schema import Output, Recipe
+from weightsmith.recipe._schema import Output, Recipe, page_path
 from weightsmith.recipe._sweep import Variant
 from weightsmith.recipe._yaml import Node
 from weightsmith.weights._files import is_remote
@@ -70,9 +70,7 @@ def check_report(recipe: Recipe) -> None:
     if recipe.report is None:
         return
     node = _node(recipe)
-    place = Path(os.path.expanduser(recipe.report))
-    if place.suffix.lower() not in (".html", ".htm"):
-        raise node.error(f"the report is an HTML page, so its path ends in .html, got {recipe.report!r}")
+    place = Path(os.path.expanduser(page_path(node)))
     if place.is_dir():
         raise node.error(f"{recipe.report} is a folder; the report is one file")
     parent = place.absolute().parent

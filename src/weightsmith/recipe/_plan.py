@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from weightsmith.errors import Error
@@ -14,6 +14,7 @@ from weightsmith.recipe._save import Settings, dressed, finished
 from weightsmith.recipe._schema import Output, Recipe
 from weightsmith.recipe._sweep import Variant, variants
 from weightsmith.recipe._yaml import Node
+from weightsmith.weights import Planned as Taken
 from weightsmith.weights import Scratch, Weights
 from weightsmith.weights._execute import default_threads
 from weightsmith.weights._lazy import CHUNK, Lazy, reductions_of, sources
@@ -42,20 +43,52 @@ class Planned:
 def plan(recipe: Recipe, settings: Settings | None = None) -> list[Planned]:
     """Check a recipe in full, and say what each output takes.
 
+    Raises:
+        Error: what is wrong, with its line and column.
+    """
+    settings = settings or Settings()
+    known: dict[int, float] = {}
+    found = []
+    for one in checked(recipe, settings):
+        key = id(one.weights.node(max(one.weights, key=lambda name: one.weights.spec(name).numel)))
+        if key not in known:
+            known[key] = estimate(one.weights, one.taken.writes, settings.threads)
+        found.append(told(one.taken, one.path, one.output.weights, one.values, known[key]))
+    return found
+
+
+def told(taken: Taken, path: str, weights: str, values: Mapping[str, Any], seconds: float) -> Planned:
+    """What a save takes, with the names that a recipe gives to it."""
+    own = {one.name: getattr(taken, one.name) for one in fields(Planned) if hasattr(taken, one.name)}
+    return Planned(**own | {"path": path, "weights": weights, "values": dict(values), "seconds": seconds})
+
+
+@dataclass(frozen=True)
+class Checked:
+    """One output that could be written."""
+
+    output: Output
+    weights: Weights
+    path: str
+    values: Mapping[str, Any]
+    taken: Taken
+
+
+def checked(recipe: Recipe, settings: Settings) -> list[Checked]:
+    """Check a recipe in full; what each output takes, but for the time.
+
     Every input is opened (headers only) and every step built, for every variant of a sweep; places that
     are taken and disks that are too small are found.
 
     Raises:
         Error: what is wrong, with its line and column.
     """
-    settings = settings or Settings()
     check_executor(settings.executor, settings.threads, settings.workers)
     check_report(recipe)
     for measure in recipe.measures:
         evaluator_at(measure.spec)
     made: dict[tuple[str, str], Any] = {}
-    found: list[Planned] = []
-    known: dict[int, float] = {}
+    found: list[Checked] = []
     places = Places(recipe)
     for variant in variants(recipe):
         built = build(variant.recipe, made, trial=True)
@@ -65,7 +98,7 @@ def plan(recipe: Recipe, settings: Settings | None = None) -> list[Planned]:
             path = variant.path(output)  # the caller's output: it may have been given another path
             # The best of a sweep is kept where there is room for one; any of them says what it takes.
             if places.take(path, output, variant):
-                found.append(_planned(variant, replace(planned, path=path), weights, path, settings, known))
+                found.append(_checked(variant, replace(planned, path=path), weights, settings))
         for measure in variant.recipe.measures:
             for name in measure.on:
                 _referenced(built, name, measure.spec)
@@ -80,9 +113,8 @@ def _referenced(built: Mapping[str, Any], name: str, node: Node) -> Weights:
         raise node.error(str(error)) from None
 
 
-def _planned(
-    variant: Variant, output: Output, weights: Weights, path: str, settings: Settings, known: dict[int, float]
-) -> Planned:
+def _checked(variant: Variant, output: Output, weights: Weights, settings: Settings) -> Checked:
+    path = output.path
     try:
         weights = dressed(weights, output.options)
         there = settings.resume and finished(weights, path, exact=not any_eager(variant.recipe)) is not None
@@ -91,22 +123,7 @@ def _planned(
         raise output.node.error(f"{path[:100]}: {error.strerror or error}") from None
     except (ValueError, TypeError, ArithmeticError) as error:
         raise place_of(output.places, str(error), output.node).error(str(error)) from None
-    key = id(weights.node(max(weights, key=lambda name: weights.spec(name).numel)))
-    if key not in known:
-        known[key] = estimate(weights, taken.writes, settings.threads)
-    return Planned(
-        path=path,
-        weights=output.weights,
-        values=variant.values,
-        tensors=taken.tensors,
-        reads=taken.reads,
-        writes=taken.writes,
-        passes=taken.passes,
-        passes_at_least=taken.passes_at_least,
-        memory=taken.memory,
-        seconds=known[key],
-        free=taken.free,
-    )
+    return Checked(output, weights, path, variant.values, taken)
 
 
 WRITING = 1e9

@@ -15,7 +15,7 @@ from weightsmith.errors import Error
 from weightsmith.evaluators import Evaluate
 from weightsmith.recipe import _model_card
 from weightsmith.recipe._build import build, evaluator_at, lookup
-from weightsmith.recipe._plan import plan
+from weightsmith.recipe._plan import checked
 from weightsmith.recipe._save import Settings, dressed, finished
 from weightsmith.recipe._schema import Output, Recipe
 from weightsmith.recipe._sweep import Variant, variants
@@ -63,7 +63,7 @@ def run(recipe: Recipe, settings: Settings | None = None, on_row: Callable[[Row]
             what only the computation can find.
     """
     settings = settings or Settings()
-    plan(recipe, settings)
+    checked(recipe, settings)
     made: dict[tuple[str, str], Any] = {}
     totals = _kept_totals(recipe, settings)
     several = variants(recipe)

@@ -23,7 +23,6 @@ _OUTPUT = ("weights", "dtype", "format", "max_shard_size")
 _MEASURE = ("with", "on")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
 _LIKE_A_PATH = re.compile(r"[/.]|^~")
-_HTML = (".html", ".htm")
 
 
 @dataclass(frozen=True)
@@ -125,7 +124,7 @@ def read(document: Node) -> Recipe:
     if not outputs and not measures:
         raise document.error("nothing comes of this recipe: it has neither save: nor evaluate:")
     title = _title(top["title"]) if "title" in top else ""
-    report = _report(top["report"]) if "report" in top else None
+    report = page_path(top["report"]) if "report" in top else None
     recipe = Recipe(document.file, title, inputs, steps, outputs, measures, sweep, report, document)
     _check_sweep(recipe)
     return recipe
@@ -195,9 +194,10 @@ def _title(node: Node) -> str:
     return "" if node.value is None else str(node.value)
 
 
-def _report(node: Node) -> str:
+def page_path(node: Node) -> str:
+    """Where a report is to be written: the path of a page."""
     path = word(node, "report")
-    if not path.lower().endswith(_HTML):
+    if not path.lower().endswith((".html", ".htm")):
         raise node.error(f"the report is an HTML page, so its path ends in .html, got {path!r}")
     return path
 

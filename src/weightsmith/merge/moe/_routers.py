@@ -14,16 +14,15 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from weightsmith.card import card
 from weightsmith.errors import Error, did_you_mean, listed
 from weightsmith.merge import _task_vectors
-from weightsmith.merge._coefficients import Objective, Values, asked_of, check_data, check_objective, descend, forwards
+from weightsmith.merge._coefficients import Objective, check_data, check_objective, forwards
 from weightsmith.merge.moe._routed_linear import Factors, RoutedLinear, Router, factored
-from weightsmith.merge.moe._weight_ensembling import Routing
+from weightsmith.merge.moe._training import Routing, train_routers
 from weightsmith.merge.room import Source, check_alike, lift
-from weightsmith.stats.room import Batch, Forward, Loss, restored
+from weightsmith.stats.room import Batch, Forward, Loss
 from weightsmith.weights import Pattern, Weights, matches, materialize, open
 
 _sum_of = lift(_task_vectors.task_arithmetic)
@@ -121,7 +120,7 @@ def routed(
         )
     whole.eval()
     if router == "gate" and data is not None:
-        _train(whole, data, loss, ways, steps, rate, seed, on_step)
+        train_routers("routed", whole, data, loss, ways, steps=steps, rate=rate, seed=seed, on_step=on_step)
     return whole
 
 
@@ -264,32 +263,3 @@ def _centroids(
         for hook in hooks:
             hook.remove()
     return {place: torch.stack(means) for place, means in sums.items()}
-
-
-def _train(
-    whole: nn.Module,
-    data: Sequence[Iterable[Batch]],
-    loss: Objective | Loss,
-    ways: Sequence[Forward],
-    steps: int,
-    rate: float,
-    seed: int,
-    on_step: Callable[[Routing], None] | None,
-) -> None:
-    begin = {name: parameter.detach() for name, parameter in whole.named_parameters() if parameter.requires_grad}
-
-    def slope(values: Values, task: int, batch: Batch) -> Tensor:
-        def model(*inputs: Any, **named: Any) -> Any:
-            return functional_call(whole, dict(values), inputs, named)
-
-        return asked_of(model, batch, loss, ways[task])
-
-    def tell(number: int, losses: tuple[float, ...], values: Values) -> None:
-        if on_step is not None:
-            on_step(Routing(number, losses))
-
-    with restored(whole):
-        found = descend("routed", begin, data, slope, steps=steps, rate=rate, seed=seed, tell=tell)
-    with torch.no_grad():
-        for name, value in found.items():
-            whole.get_parameter(name).copy_(value)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,25 +19,16 @@ from torch.nn import functional
 from weightsmith.card import card
 from weightsmith.errors import Error, did_you_mean
 from weightsmith.merge import _task_vectors
-from weightsmith.merge._coefficients import Objective, Values, asked_of, check_data, check_objective, descend, forwards
+from weightsmith.merge._coefficients import Objective, Values, check_data, check_objective, forwards
+from weightsmith.merge.moe._training import Routing, train_routers
 from weightsmith.merge.room import Source, check_alike, lift, opened_models
-from weightsmith.stats.room import Batch, Forward, Loss, restored
+from weightsmith.stats.room import Batch, Forward, Loss
 from weightsmith.weights import Pattern, Weights, matches, open
 
 _sum_of = lift(_task_vectors.task_arithmetic)
 
 SMALL = 0.01
 """Standard deviation of a router's first weights: so small that it begins near its bias."""
-
-
-@dataclass(frozen=True)
-class Routing:
-    """What a person wants to see of a step."""
-
-    number: int
-    """From 1."""
-    losses: tuple[float, ...]
-    """Of each task, on its batch, before the step."""
 
 
 class WeightMixture(nn.Module):
@@ -237,27 +227,11 @@ def weight_ensembling(
             generator=generator,
             at_once=at_once,
         )
-        _put(whole, place, mixture)
+        whole.set_submodule(place, mixture)
     whole.eval()
     if data is None:
         return whole
-    begin = {name: parameter.detach() for name, parameter in whole.named_parameters() if parameter.requires_grad}
-
-    def slope(values: Values, task: int, batch: Batch) -> Tensor:
-        def model(*inputs: Any, **named: Any) -> Any:
-            return functional_call(whole, dict(values), inputs, named)
-
-        return asked_of(model, batch, loss, ways[task])
-
-    def tell(number: int, losses: tuple[float, ...], values: Values) -> None:
-        if on_step is not None:
-            on_step(Routing(number, losses))
-
-    with restored(whole):
-        found = descend(method, begin, data, slope, steps=steps, rate=rate, seed=seed, tell=tell)
-    with torch.no_grad():
-        for name, value in found.items():
-            whole.get_parameter(name).copy_(value)
+    train_routers(method, whole, data, loss, ways, steps=steps, rate=rate, seed=seed, on_step=on_step)
     return whole
 
 
@@ -298,8 +272,3 @@ def _features(layer: nn.Module, place: str) -> int:
         if parameter.dim() == 2:
             return parameter.shape[1]
     raise Error(f"weight_ensembling: {place} has no matrix that tells the width of its input; use depth=0")
-
-
-def _put(module: nn.Module, place: str, layer: nn.Module) -> None:
-    parent, _, leaf = place.rpartition(".")
-    setattr(module.get_submodule(parent), leaf, layer)
