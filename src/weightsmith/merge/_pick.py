@@ -58,7 +58,14 @@ def nearswap(models: Tensor, base: Tensor, *, t: float = 1e-4) -> Tensor:
     wider, merged = wide(models, base)
     for model in wider:
         merged = torch.clamp(model, merged - t, merged + t)
-    return merged.to(models.dtype)
+    return _not_hidden(wider, merged).to(models.dtype)
+
+
+def _not_hidden(models: Tensor, merged: Tensor) -> Tensor:
+    """A choice among numbers would leave out what is none, and nobody would learn that a model is spoilt."""
+    for model in models:
+        merged = torch.where(model.isfinite(), merged, model)
+    return merged
 
 
 @dataclass(frozen=True)
@@ -309,7 +316,7 @@ def arcee_fusion(models: Tensor, base: Tensor) -> Tensor:
         ordered = score.flatten().sort().values
         first, middle, third = (ordered[int(q * (len(ordered) - 1))] for q in (0.25, 0.5, 0.75))
         merged = torch.where(score >= middle + 1.5 * (third - first), model, merged)
-    return merged.to(models.dtype, copy=True)
+    return _not_hidden(wider, merged).to(models.dtype, copy=True)
 
 
 def _divergence(model: Tensor, base: Tensor) -> Tensor:
