@@ -4,8 +4,8 @@ A small network is pruned in three phases, each of which removes 60 % of what is
 the mask kept, with an order of examples and a weight decay of their own, as in the paper. The next phase starts from
 the soup of the four; or, with the same four runs a phase, from the one that is best on 300 validation digits. The
 test digits choose nothing. Beside that: the soup of the last phase against its own members, and pruning the soup of
-four dense runs at once. (With learning rates drawn from one and a half decades as well, the soups are two points
-worse than the best single: the mean is spoilt by its worst members.)
+four dense runs at once. Learning rates are the same in all runs: that was decided after a first protocol drew them from
+one and a half decades, in which the worst members spoilt the mean.
 """
 
 import copy

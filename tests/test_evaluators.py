@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import socket
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 import weightsmith as ws
-from weightsmith import evaluators
+from weightsmith import evaluators, language
 from weightsmith.errors import Error, MissingPackage
 from weightsmith.evaluators import evaluator
 from weightsmith.weights import Weights
@@ -217,15 +218,15 @@ def test_two_tokens_in_front_are_both_not_of_the_text(llama, tmp_path: Path):
 def test_many_positions_are_counted_in_pieces(llama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     spec = f"text:{tmp_path / 'held_out.txt'}?length=30"
     whole = evaluator(spec)(ws.open(tmp_path / "llama"))
-    monkeypatch.setattr(evaluators, "ROWS", 7)
+    monkeypatch.setattr(language, "ROWS", 7)
     assert evaluator(spec)(ws.open(tmp_path / "llama")) == pytest.approx(whole, rel=1e-6)
 
 
 def test_other_weights_in_the_model_that_is_there(llama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Built once; every answer is that of a model of its own, and what was given is not written to."""
     built = []
-    original = evaluators._with_weights
-    monkeypatch.setattr(evaluators, "_with_weights", lambda *given: built.append(1) or original(*given))
+    original = language.with_weights
+    monkeypatch.setattr(language, "with_weights", lambda *given: built.append(1) or original(*given))
     evaluate = evaluator(f"text:{tmp_path / 'held_out.txt'}?length=20")
     weights = ws.open(tmp_path / "llama")
     held = Weights.of(weights.to_dict()).with_files(weights.files)
@@ -320,7 +321,7 @@ def test_what_the_weights_must_carry(llama, tmp_path: Path):
     evaluate = evaluator(f"text:{tmp_path / 'held_out.txt'}")
     weights = ws.open(tmp_path / "llama")
     config = {"config.json": weights.files["config.json"]}
-    with pytest.raises(Error, match=r"builds the model from the config\.json beside the weights, and these carry none"):
+    with pytest.raises(Error, match=r"is built from the config\.json beside its weights, and these carry none"):
         evaluate(Weights.of(weights))
     with pytest.raises(Error, match="needs the tokenizer beside the weights"):
         evaluate(Weights.of(weights).with_files(config))
@@ -415,7 +416,7 @@ def test_texts_that_will_not_do(llama, tmp_path: Path):
 
 def test_without_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "t.txt").write_text(TEXT)
-    monkeypatch.setattr(evaluators.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingPackage, match=r'pip install "weightsmith\[hf\]"'):
         evaluator(f"text:{tmp_path / 't.txt'}")
 

@@ -31,6 +31,12 @@ def missing(package: str, extra: str, purpose: str) -> MissingPackage:
     return MissingPackage(f'{purpose} needs the package {package}: pip install "weightsmith[{extra}]"')
 
 
+def told(error: BaseException) -> str:
+    """An error of somebody else's, with its kind, for a message."""
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`` (did you mean 'x'?)`` for the closest known word, or an empty string."""
     close = difflib.get_close_matches(word, list(known), n=1)
