@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,6 +50,18 @@ def carried(weights: Weights) -> dict[str, bytes]:
 
 def built(weights: Weights, files: Mapping[str, bytes], dtype: Any) -> tuple[Any, Any]:
     """The model with these weights, and its tokenizer."""
+    config, tokenizer = described(files)
+    return with_weights(config, weights, dtype), tokenizer
+
+
+def described(files: Mapping[str, bytes]) -> tuple[Any, Any]:
+    """The config of a model that predicts the next token, and its tokenizer."""
+    config, tokenizer = _read(files, _check_causal)
+    return config, tokenizer
+
+
+def _read(files: Mapping[str, bytes], check: Callable[[Any], None] = lambda config: None) -> tuple[Any, Any]:
+    """The config and the tokenizer in some files, by transformers."""
     from transformers import AutoConfig, AutoTokenizer
 
     with tempfile.TemporaryDirectory() as folder:
@@ -60,12 +72,12 @@ def built(weights: Weights, files: Mapping[str, bytes], dtype: Any) -> tuple[Any
             config = AutoConfig.from_pretrained(folder, **local)
         except Exception as error:  # transformers raises whatever comes
             raise Error(f"transformers cannot use the config.json of these weights: {told(error)}") from error
-        _check_causal(config)
+        check(config)
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, **local)
         except Exception as error:
             raise Error(f"transformers cannot use the tokenizer beside these weights: {told(error)}") from error
-    return with_weights(config, weights, dtype), tokenizer
+    return config, tokenizer
 
 
 def _check_causal(config: Any) -> None:
@@ -82,10 +94,13 @@ def _check_causal(config: Any) -> None:
         raise Error(f"{needs}; {kind} is an encoder, which fills in words that are masked")  # fmt: skip
 
 
-def with_weights(config: Any, weights: Weights, dtype: Any) -> Any:
-    """The model as transformers loads it, so that renamed and fused tensors come to their places."""
+def with_weights(config: Any, weights: Weights, dtype: Any, kind: Any = None) -> Any:
+    """The model as transformers loads it, so that renamed and fused tensors come to their places.
+
+    Args:
+        kind: its class; by default the causal language model of the config.
+    """
     from transformers import __version__
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
     from transformers.utils import logging
 
     if getattr(config, "quantization_config", None):
@@ -101,9 +116,7 @@ def with_weights(config: Any, weights: Weights, dtype: Any) -> Any:
     bars = getattr(logging, "is_progress_bar_enabled", lambda: False)()
     logging.disable_progress_bar()
     try:
-        kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-        kind = kind[0] if isinstance(kind, tuple) else kind
-        model, loading = kind.from_pretrained(
+        model, loading = (kind or _causal(config)).from_pretrained(
             None, config=config, state_dict=state, output_loading_info=True, **{word: dtype}
         )
     except Exception as error:
@@ -237,3 +250,38 @@ def predictions(model: Any, window: tuple[int, ...], before: int) -> Iterator[tu
         logits = model(input_ids=tokens[None], use_cache=False).logits[0, before - 1 : -1]
         for some, truth in zip(logits.split(ROWS), tokens[before:].split(ROWS), strict=True):
             yield some.float(), truth
+
+
+def without_weights(files: Mapping[str, bytes]) -> tuple[Any, Any]:
+    """The model that a config describes, on the meta device, and its tokenizer: enough to cut a text."""
+    import torch
+
+    config, tokenizer = described(files)
+    with torch.device("meta"):
+        return _causal(config)(config), tokenizer
+
+
+def _causal(config: Any) -> Any:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    return kind[0] if isinstance(kind, tuple) else kind
+
+
+def classifier(weights: Weights, dtype: Any) -> tuple[Any, Any]:
+    """A classifier of texts, made from what weights carry, and its tokenizer.
+
+    Raises:
+        Error: the config is of no classifier of texts.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING as KINDS
+
+    config, tokenizer = _read(carried(weights))
+    named = next(iter(getattr(config, "architectures", None) or ()), "")
+    if type(config) not in KINDS or "ForSequenceClassification" not in named:
+        raise Error(
+            f"a text with a label needs a classifier of texts, and these weights are of {named or config.model_type}; "
+            "give a module of your own"
+        )
+    kind: Any = KINDS[type(config)]
+    return with_weights(config, weights, dtype, kind[0] if isinstance(kind, tuple) else kind), tokenizer

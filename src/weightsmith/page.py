@@ -8,13 +8,18 @@ drawing is light or dark with the page, and its text stays text.
 
 from __future__ import annotations
 
+import contextlib
 import io
+import os
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from html import escape
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from weightsmith.errors import OutputError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -324,3 +329,23 @@ def _own_names(text: str, key: str) -> str:
     used = set(re.findall(r'(?:url\(#|href="#)([^)"]+)', text))
     text = re.sub(r'\s+id="([^"]*)"', lambda m: f' id="{key}-{m[1]}"' if m[1] in used else "", text)
     return re.sub(r'(url\(#|href="#)', rf"\g<1>{key}-", text)
+
+
+def written(path: str | os.PathLike[str], content: str | bytes) -> Path:
+    """Put a page, or any small file, in its place: whole or not at all.
+
+    Raises:
+        OutputError: it cannot be written there.
+    """
+    place = Path(os.path.expanduser(path))
+    partial = place.with_name(f".{place.name}.{os.getpid()}.partial")
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        partial.replace(place)
+    except OSError as error:
+        raise OutputError(f"{os.fspath(path)}: {error.strerror or error}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+    return place

@@ -183,11 +183,7 @@ class Report:
             raise Error(f"{place}: a report is written as one of {', '.join(KINDS)}")
         if place.suffix == ".csv" and not self.table:
             raise Error(f"{place}: report {self.title!r} has no table")
-        content = self._content(place.suffix)
-        partial = place.with_name(f".{place.name}.partial")
-        partial.write_bytes(content)
-        partial.replace(place)
-        return place
+        return page.written(place, self._content(place.suffix))
 
     def _content(self, kind: str) -> bytes:
         if kind == ".png":

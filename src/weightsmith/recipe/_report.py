@@ -6,12 +6,11 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weightsmith import page
 from weightsmith._version import __version__
-from weightsmith.errors import OutputError, missing
+from weightsmith.errors import missing
 from weightsmith.recipe._model_card import written as as_yaml
 from weightsmith.weights import Saved
 
@@ -138,15 +137,3 @@ def _written(saved: Sequence[Saved]) -> str:
         for one in saved
     ]
     return page.table("table-written", "One row a place.", ["place", "tensors", "bytes", "files"], rows)
-
-
-def written(path: str, text: str) -> None:
-    """Put the page in its place, whole or not at all."""
-    place = Path(os.path.expanduser(path))
-    partial = place.with_name(place.name + ".partial")
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(place)
-    except OSError as error:
-        raise OutputError(f"{path}: {error.strerror or error}") from None

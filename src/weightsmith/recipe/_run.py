@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from weightsmith import progress
+from weightsmith import page, progress
 from weightsmith.errors import Error
 from weightsmith.evaluators import Evaluate
 from weightsmith.recipe import _model_card
@@ -201,6 +201,5 @@ def _reported(recipe: Recipe, saved: Sequence[Saved], rows: Sequence[Row], best:
     from weightsmith.recipe import _report
 
     assert recipe.report is not None
-    text = _report.page_of(recipe, saved, rows, best)
-    _report.written(recipe.report, text)
+    page.written(recipe.report, _report.page_of(recipe, saved, rows, best))
     return recipe.report
