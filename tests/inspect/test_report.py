@@ -117,3 +117,23 @@ def test_many_and_long_words_are_drawn(tmp_path):
     grid = Surface(names, names, [[float(i * j + 1) for i in range(12)] for j in range(12)], log=True)
     plots = [Plot("p", "x", "y", [Line("l", names, list(range(12)), style="bars")]), Plot("g", "x", "y", surface=grid)]
     assert Report("r", plots=plots).save(tmp_path / "r.png").stat().st_size > 1000
+
+
+def test_intervals_stand_beside_their_figures():
+    row = {
+        "model": "a",
+        "loss": 1.5,
+        "loss low": 1.0,
+        "loss high": 2.0,
+        "ratio": None,
+        "ratio low": None,
+        "ratio high": None,
+    }
+    report = Report("r", table=[row], plots=[])
+    head, line = str(report).splitlines()[2:]
+    assert head.split() == ["model", "loss", "ratio"]
+    assert line.split() == ["a", "1.5", "[1,", "2]", "-"]
+    assert "<small>[1, 2]</small>" in report.body()
+    assert "loss low" not in report.body()
+    alone = Report("r", table=[{"model": "a", "low": 1.0, "flow high": 2.0}])
+    assert str(alone).splitlines()[2].split() == ["model", "low", "flow", "high"]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from weightsmith.cli._manual import PATH, Manual, json_option, option
-from weightsmith.cli._output import clean, echo_json, echo_table, number
+from weightsmith.cli._output import clean, echo_json
 
 if TYPE_CHECKING:
     from weightsmith.inspect import Report
@@ -83,10 +83,8 @@ def command() -> click.Command:
         if as_json:
             echo_json([one.to_json() for one in reports])
             return
-        for place, one in enumerate(reports):
-            if place:
-                click.echo()
-            _say(one)
+        for line in "\n\n".join(map(str, reports)).splitlines():
+            click.echo(clean(line))
         if output is not None:
             click.echo(f"report: {clean(output)}")
 
@@ -183,29 +181,3 @@ def _classified(
         {name: maker(name) for name in names}, data, names[0], device=device, forward=ask, seed=seed,
         batch=32 if texts else 256,
     )  # fmt: skip
-
-
-# Words
-
-
-def _say(report: Report) -> None:
-    """A report with its intervals behind the figures."""
-    click.echo(click.style(clean(report.title), bold=True))
-    if report.table:
-        ends = [name for name in report.table[0] if name.endswith((" low", " high"))]
-        columns = [name for name in report.table[0] if name not in ends]
-        words = [name for name in columns if any(isinstance(row[name], str) for row in report.table)]
-        columns = [*words, *(name for name in columns if name not in words)]
-        rows = [[_cell(row, name) for name in columns] for row in report.table]
-        echo_table(columns, rows, left=len(words))
-    for note in report.notes:
-        click.echo(clean(note))
-
-
-def _cell(row: Any, name: str) -> str:
-    value = row[name]
-    if isinstance(value, str):
-        return value
-    text = f"{value:,}" if isinstance(value, int) else number(value)
-    low, high = row.get(f"{name} low"), row.get(f"{name} high")
-    return f"{text} [{number(low)}, {number(high)}]" if low is not None else text

@@ -102,7 +102,7 @@ class Report:
     figures: Mapping[str, Any] = field(default_factory=dict)
     """The few numbers that matter, by name."""
     table: Sequence[Mapping[str, Any]] = ()
-    """Flat records; all have the keys of the first."""
+    """Flat records; all have the keys of the first. ``x low`` and ``x high`` are the ends of an interval around ``x``."""
     plots: Sequence[Plot] = ()
     notes: Sequence[str] = ()
     """What to keep in mind when reading this, a sentence each."""
@@ -134,8 +134,10 @@ class Report:
             wide = max(map(len, self.figures))
             parts.append("\n".join(f"{name:<{wide}}  {_text(value)}" for name, value in self.figures.items()))
         if self.table:
-            body = [[_text(value) for value in row.values()] for row in self.table]
-            parts.append("\n".join(laid_out(list(self.table[0]), body)))
+            columns = _columns(self.table[0])
+            body = [[_with_ends(row, name) for name in columns] for row in self.table]
+            left = next((i for i, name in enumerate(columns) if not isinstance(self.table[0][name], str)), len(columns))
+            parts.append("\n".join(laid_out(columns, body, max(left, 1))))
         return "\n\n".join([*parts, *self.notes])
 
     def draw(self) -> Figure:
@@ -165,7 +167,8 @@ class Report:
             parts.append(page.figures(drawn))
         if self.table:
             rows = [_cells(row) for row in self.table]
-            parts.append(page.table(f"{key}-table", f"{len(rows)} rows", list(self.table[0]), rows))
+            caption = f"{len(rows)} row{'s' * (len(rows) > 1)}"
+            parts.append(page.table(f"{key}-table", caption, _columns(self.table[0]), rows))
         return "\n".join(parts)
 
     def _repr_html_(self) -> str:
@@ -207,7 +210,11 @@ class Report:
 
 def page_of(reports: Sequence[Report], title: str | None = None) -> str:
     """One self-contained HTML page of several reports, a section each."""
-    sections = [page.Section(f"part-{i}", one.title, one.body(f"part-{i}")) for i, one in enumerate(reports)]
+    headings = ["What was found"] if len(reports) == 1 else [one.title for one in reports]
+    sections = [
+        page.Section(f"part-{i}", heading, one.body(f"part-{i}"))
+        for i, (heading, one) in enumerate(zip(headings, reports, strict=True))
+    ]
     return page.page(title or reports[0].title, "", sections, page.paragraph(f"weightsmith {__version__}"))
 
 
@@ -230,9 +237,24 @@ def _cell(value: Any) -> page.Cell:
     return page.Cell(_text(value), is_words=isinstance(value, str))
 
 
+def _columns(row: Mapping[str, Any]) -> list[str]:
+    """The columns to show: the ends of an interval stand beside their figure."""
+    return [name for name in row if not (name.endswith((" low", " high")) and name.rpartition(" ")[0] in row)]
+
+
+def _interval(row: Mapping[str, Any], name: str) -> str:
+    low, high = row.get(f"{name} low"), row.get(f"{name} high")
+    return "" if low is None or high is None else f"[{_text(low)}, {_text(high)}]"
+
+
+def _with_ends(row: Mapping[str, Any], name: str) -> str:
+    return f"{_text(row[name])} {_interval(row, name)}".rstrip()
+
+
 def _cells(row: Mapping[str, Any]) -> list[page.Cell]:
-    first, *others = row.values()
-    return [page.Cell(_text(first)), *map(_cell, others)]
+    first, *others = _columns(row)
+    cells = [page.Cell(_text(row[name]), _interval(row, name), isinstance(row[name], str)) for name in others]
+    return [page.Cell(_text(row[first])), *cells]
 
 
 def _said(line: Line) -> str:
