@@ -96,7 +96,7 @@ th, td { padding: .4rem .7rem; border-bottom: 1px solid var(--rule); text-align:
   white-space: nowrap; background: var(--paper); }
 thead th { vertical-align: bottom; color: var(--muted); font-weight: 600; white-space: normal; min-width: 4.5rem; }
 th[scope=row], thead th:first-child { text-align: left; position: sticky; left: 0; font-weight: 600; }
-th[scope=row] { white-space: normal; min-width: 8rem; max-width: 15rem; line-height: 1.4; }
+th[scope=row] { white-space: normal; min-width: 8rem; max-width: 15rem; line-height: 1.4; overflow-wrap: anywhere; }
 td small, th small { display: block; color: var(--muted); font-weight: 400; font-size: .82rem; }
 td.words { text-align: left; white-space: normal; min-width: 12rem; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1.5rem 2rem;
@@ -171,7 +171,7 @@ def page(title: str, lead: str, sections: Sequence[Section], footer: str) -> str
 <meta name="color-scheme" content="light dark">
 <title>{escape(title)}</title>
 <link rel="icon" href="data:,">
-<style>{_colours()}{_STYLE}</style>
+<style>{colours()}{_STYLE}</style>
 </head>
 <body>
 <header>
@@ -190,7 +190,7 @@ def page(title: str, lead: str, sections: Sequence[Section], footer: str) -> str
 """
 
 
-def _colours() -> str:
+def colours() -> str:
     def block(values: Mapping[str, str]) -> str:
         return ":root {" + "".join(f" --{name}: {value};" for name, value in values.items()) + " }"
 
@@ -250,7 +250,7 @@ def figures(drawn: Sequence[str]) -> str:
     return '<div class="figures">\n' + "\n".join(drawn) + "\n</div>"
 
 
-def figure(drawing: Figure, key: str, caption: str, alternative: str) -> str:
+def figure(drawing: Figure, key: str, caption: str, alternative: str, *, wide: bool = False) -> str:
     """A drawing with its caption.
 
     Args:
@@ -258,8 +258,16 @@ def figure(drawing: Figure, key: str, caption: str, alternative: str) -> str:
         key: a word that no other drawing of the page has.
         caption: text under it.
         alternative: what the drawing shows, in words, for who does not see it.
+        wide: it keeps its own width, and scrolls where that is more than there is.
     """
-    return f"<figure>\n{themed_svg(drawing, key, alternative)}\n<figcaption>{escape(caption)}</figcaption>\n</figure>"
+    drawn = themed_svg(drawing, key, alternative)
+    if wide:
+        width = f'<svg style="width: {drawing.get_figwidth() * 6:.1f}rem; max-width: none"'
+        drawn = (
+            f'<div class="scroll" role="region" aria-label="{escape(caption)}" tabindex="0">\n'
+            f"{drawn.replace('<svg', width, 1)}\n</div>"
+        )
+    return f"<figure>\n{drawn}\n<figcaption>{escape(caption)}</figcaption>\n</figure>"
 
 
 def drawing_style(key: str, colours: Mapping[str, str] = COLOURS) -> AbstractContextManager[Any]:

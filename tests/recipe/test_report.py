@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 
+import weightsmith as ws
 from weightsmith import recipe as recipes
 from weightsmith.errors import OutputError
-from weightsmith.recipe._report import series, written
+from weightsmith.page import written
+from weightsmith.recipe._graph import levels_of, parents_of
+from weightsmith.recipe._report import series
 from weightsmith.recipe._run import Row
 
 VOID = {"meta", "link", "br", "hr", "img", "input", "col"}
@@ -81,7 +84,9 @@ def test_hostile_words(recipe: Callable[[str], Path], models: Path):
     assert len(found.ids) == len(set(found.ids))
     assert HOSTILE in found.cells
     assert "o/<i>best" in found.cells
-    assert found.tags.count("figure") == 2
+    # What is made of what, two sweeps, their times, and what changed by layer; all are of one size.
+    assert found.tags.count("figure") == 1 + 2 + 2 + 1
+    assert "Distance from base" in page
     assert "http://" not in page.replace("http://www.w3.org", "")
     for row in ran.rows:
         assert any(f"{row.figures[HOSTILE]:.5g}" in cell for cell in found.cells)
@@ -93,9 +98,33 @@ def test_hostile_words(recipe: Callable[[str], Path], models: Path):
 def test_without_figures_there_is_no_table_of_them(recipe: Callable[[str], Path]):
     recipes.run(recipes.read(recipe("inputs: {a: a}\nsave: {o: a}\nreport: deep/er/r.html")))
     found = read(Path("deep/er/r.html").read_text())
-    assert "measured" not in found.ids
-    assert "svg" not in found.tags
+    assert {"measured", "changed"} & set(found.ids) == set()
+    assert found.tags.count("figure") == 1
     assert "o" in found.cells
+
+
+def test_what_changed_is_that_of_the_output(recipe: Callable[[str], Path]):
+    text = "inputs: {a: a, base: base}\nsteps: {x: {method: merge.wise_ft, models: [a], base: base, amount: 0.25}}"
+    recipes.run(recipes.read(recipe(text + "\nsave: {o: x}\nreport: r.html")))
+    found = read(Path("r.html").read_text())
+    before, after = ws.open("base"), ws.open("o")
+    name = "layers.1.w.weight"
+    distance = float((after[name] - before[name]).norm() / before[name].norm())
+    row = found.cells.index("layers.1")
+    assert found.cells[row + 1] == f"{distance:.4g}"
+
+
+def test_columns_follow_what_is_used(recipe: Callable[[str], Path]):
+    text = """
+    inputs: {base: base, a: a, b: b}
+    steps:
+      x: {method: merge.mean, models: [a, b]}
+      y: {method: merge.wise_ft, models: [x], base: base}
+    save: {o: y, p: x}
+    """
+    parents = parents_of(recipes.read(recipe(text)))
+    assert parents == {"base": [], "a": [], "b": [], "x": ["a", "b"], "y": ["x", "base"], "o": ["y"], "p": ["x"]}
+    assert levels_of(parents) == {"base": 0, "a": 0, "b": 0, "x": 1, "y": 2, "o": 3, "p": 2}
 
 
 def row(amount: float, figure: float, weights: str = "x", **others: object) -> Row:

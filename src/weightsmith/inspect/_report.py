@@ -13,7 +13,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -102,7 +102,7 @@ class Report:
     figures: Mapping[str, Any] = field(default_factory=dict)
     """The few numbers that matter, by name."""
     table: Sequence[Mapping[str, Any]] = ()
-    """Flat records; all have the keys of the first. ``x low`` and ``x high`` are the ends of an interval around ``x``."""
+    """Flat records with the keys of the first. ``x low`` and ``x high`` are the ends of an interval around ``x``."""
     plots: Sequence[Plot] = ()
     notes: Sequence[str] = ()
     """What to keep in mind when reading this, a sentence each."""
@@ -353,13 +353,14 @@ def _draw_bars(axes: Axes, line: Line, colour: str, index: int, count: int) -> N
     axes.bar(places, list(line.y), width=wide, color=colour, label=_shown(line.label))
     if line.low is not None and line.high is not None:
         axes.vlines(places, list(line.low), list(line.high), color=colour, linewidth=1.2)
-    crowded = sum(len(_text(x)) for x in line.x) > 40
-    axes.set_xticks(
-        range(len(line.x)),
-        [_shown(_text(x)) for x in line.x],
-        rotation=60 if crowded else 0,
-        ha="right" if crowded else "center",
-    )
+    _label(axes, range(len(line.x)), line.x)
+
+
+def _label(axes: Axes, places: Sequence[float], words: Sequence[Any]) -> None:
+    """Words under an axis, slanted where they would meet."""
+    crowded = sum(len(_text(word)) for word in words) > 40
+    slant: dict[str, Any] = {"rotation": 60, "ha": "right", "rotation_mode": "anchor"} if crowded else {}
+    axes.set_xticks(places, [_shown(_text(word)) for word in words], **slant)
 
 
 def _draw_surface(axes: Axes, surface: Surface, colours: Mapping[str, str]) -> None:
@@ -380,17 +381,18 @@ def _draw_surface(axes: Axes, surface: Surface, colours: Mapping[str, str]) -> N
         )
     else:
         image = axes.pcolormesh(shown, cmap="viridis", rasterized=fine)
-        _tick(axes.set_xticks, surface.x)
-        _tick(axes.set_yticks, surface.y)
+        _label(axes, *_some(surface.x, 16))
+        axes.set_yticks(*_some(surface.y, 24))
     bar = axes.figure.colorbar(image, ax=axes)
     bar.outline.set_visible(False)  # type: ignore[operator]
     if surface.log:
         bar.set_label("log10")
 
 
-def _tick(put: Callable[..., Any], places: Sequence[Any]) -> None:
-    step = max(len(places) // 8, 1)
-    put([index + 0.5 for index in range(0, len(places), step)], [_shown(_text(place)) for place in places[::step]])
+def _some(words: Sequence[Any], most: int) -> tuple[list[float], list[str]]:
+    """The middles of cells and their words: every so many where there are more than can be read."""
+    step = -(-len(words) // most)
+    return [index + 0.5 for index in range(0, len(words), step)], [_shown(_text(word)) for word in words[::step]]
 
 
 def _shown(text: str) -> str:

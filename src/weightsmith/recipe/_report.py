@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 import re
@@ -11,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 from weightsmith import page
 from weightsmith._version import __version__
 from weightsmith.errors import missing
+from weightsmith.inspect import Line, Plot, Report, Surface, diff
+from weightsmith.recipe._graph import drawing, parents_of
 from weightsmith.recipe._model_card import written as as_yaml
-from weightsmith.weights import Saved
+from weightsmith.weights import Saved, open
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -22,15 +25,19 @@ if TYPE_CHECKING:
 
 WIDTH = 4.2  # inches
 MOST_LINES = 12
+MOST_ROWS = 200
 
 
 def page_of(recipe: Recipe, saved: Sequence[Saved], rows: Sequence[Row], best: Mapping[str, Any]) -> str:
     """The whole page."""
-    sections = []
+    sections = [page.Section("made", "What is made of what", _graph(recipe))]
     if rows:
         sections.append(page.Section("measured", "What was measured", _measured(recipe, rows, best)))
     if saved:
         sections.append(page.Section("written", "What was written", _written(saved)))
+    changed = _changed(recipe, saved)
+    if changed:
+        sections.append(page.Section("changed", "What changed, layer by layer", changed))
     sections.append(page.Section("recipe", "The recipe", page.code(as_yaml(recipe.document))))
     title = recipe.title or os.path.basename(recipe.name)
     lead = page.paragraph(_lead(recipe, rows, best), "lead")
@@ -61,7 +68,84 @@ def _measured(recipe: Recipe, rows: Sequence[Row], best: Mapping[str, Any]) -> s
     ]
     table = page.table("table-measured", "Higher is better.", columns, body)
     drawn = [page.figure(*drawing) for name in names for drawing in _drawings(recipe, rows, name)]
-    return table + (page.figures(drawn) if drawn else "")
+    costs = Report("", plots=_costs(names, rows)).body("costs") if len(rows) > 1 else ""
+    return table + (page.figures(drawn) if drawn else "") + costs
+
+
+def _graph(recipe: Recipe) -> str:
+    if importlib.util.find_spec("matplotlib") is None:
+        return page.bullets([f"{name}: of {', '.join(own)}" for name, own in parents_of(recipe).items() if own])
+    drawn, said = drawing(recipe, "graph")
+    return page.figure(drawn, "graph", "Inputs, steps and places.", said, wide=True)
+
+
+def _costs(names: Sequence[str], rows: Sequence[Row]) -> list[Plot]:
+    """Each figure against the size of a checkpoint and against the time that measuring it took."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return []
+    kinds = list(dict.fromkeys(row.weights for row in rows))[:MOST_LINES]
+    plots = []
+    for name in names:
+        for axis, along in (("size, MB", lambda row: row.nbytes / 1e6), ("seconds to make and measure", _seconds)):
+            lines = []
+            for kind in kinds:
+                own = [row for row in rows if row.weights == kind and math.isfinite(row.figures.get(name, math.nan))]
+                if own:
+                    places, values = [along(row) for row in own], [row.figures[name] for row in own]
+                    lines.append(Line(kind, places, values, style="points"))
+            if len({place for line in lines for place in line.x}) > 1:
+                plots.append(Plot(f"{name} against {axis.partition(',')[0]}", axis, name, lines))
+    return plots
+
+
+def _seconds(row: Row) -> float:
+    return row.seconds
+
+
+def _changed(recipe: Recipe, saved: Sequence[Saved]) -> str:
+    """How far each output lies from the input that it shares most with, as a heat map of layers."""
+    origin = _origin(recipe)
+    if origin is None or not saved:
+        return ""
+    start, path = origin
+    before = open(path)
+    columns: dict[str, dict[str, float]] = {}
+    for one in saved[:MOST_LINES]:
+        after = open(one.path)
+        if not any(name in before for name in after):
+            continue
+        layers = diff(before, after).layers()
+        columns[one.path] = {layer.name: layer.sums.distance for layer in layers if layer.sums.count}
+    layers = sorted({name for column in columns.values() for name in column}, key=_by_number)
+    if not layers or not any(any(column.values()) for column in columns.values()):
+        return ""
+    grid = [[column.get(layer, math.nan) for layer in layers] for column in columns.values()]
+    parts = [layer.split(".") for layer in layers]
+    alike = 0
+    while len({tuple(one[: alike + 1]) for one in parts}) == 1 and all(len(one) > alike + 1 for one in parts):
+        alike += 1
+    shown = [".".join(one[alike:]) for one in parts]
+    surface = Surface(shown, [os.path.basename(path.rstrip("/")) or path for path in columns], grid)
+    plot = Plot(f"Distance from {start}", "layer", "output", surface=surface)
+    rows = [{"layer": layer} | {path: columns[path].get(layer) for path in columns} for layer in layers]
+    note = f"The length of the change, over the length of {start}, of all tensors of a layer together."
+    plots = [plot] if importlib.util.find_spec("matplotlib") else []
+    return Report("", table=rows if len(layers) <= MOST_ROWS else (), plots=plots, notes=[note]).body("changed")
+
+
+def _by_number(name: str) -> list[Any]:
+    """For sorting: layer 2 before layer 10."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
+
+
+def _origin(recipe: Recipe) -> tuple[str, str] | None:
+    """The name and path of the input that a step calls its base, or else of the first."""
+    named = [node.value for step in recipe.steps.values() for key, node in step.arguments.items() if key == "base"]
+    name = next((one for one in [*named, *recipe.inputs] if isinstance(one, str) and one in recipe.inputs), None)
+    if name is None or recipe.inputs[name].options:
+        return None
+    path = recipe.inputs[name].path.value
+    return (name, path) if isinstance(path, str) and os.path.exists(path) else None
 
 
 def _number(value: float | None) -> str:

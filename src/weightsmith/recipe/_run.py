@@ -33,6 +33,8 @@ class Row:
     """The swept values that made it."""
     figures: dict[str, float]
     seconds: float
+    nbytes: int = 0
+    """Of its tensors."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,7 @@ def _measured(
                     raise measure.spec.error(f"{measure.name} of {name}: {error}") from error
             figures[measure.name] = known[key]
         if fresh:  # what no swept option touches is measured once
-            row = Row(name, values, figures, time.perf_counter() - started)
+            row = Row(name, values, figures, time.perf_counter() - started, lookup(built, name).nbytes)
             rows.append(row)
             if on_row is not None:
                 on_row(row)

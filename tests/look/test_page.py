@@ -1,0 +1,235 @@
+"""The page in a browser: no complaints, the tree, the search, the drawings, the keyboard."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+import torch
+
+from weightsmith import progress
+from weightsmith.look import Server, _values
+from weightsmith.weights import Weights
+
+ROWS = "[...document.querySelectorAll('.row')]"
+NAMES = f"{ROWS}.map((row) => row.title)"
+
+
+@pytest.fixture
+def server(first, second):
+    with Server([("one", first), ("two", second)]) as made:
+        yield made
+
+
+@pytest.fixture
+def alone(first):
+    with Server([("one", first)]) as made:
+        yield made
+
+
+def open_page(browser, server, words=""):
+    browser.open(server.url)
+    browser.wait("document.querySelectorAll('.row').length > 0")
+    if words:
+        browser.run(f"location.hash = {words!r}")
+
+
+def text(browser):
+    return browser.run("document.getElementById('content').textContent")
+
+
+def test_a_tensor(browser, alone):
+    open_page(browser, alone)
+    assert "token" not in browser.run("location.href")
+    assert browser.run("document.cookie") == ""
+    assert {"model", "head.weight", "broken"} <= set(browser.run(NAMES))
+    browser.run("location.hash = '#of=0&at=%3Dmodel.layers.1.up.weight'")
+    browser.wait("document.querySelectorAll('#content svg').length == 2")
+    browser.wait("document.querySelector('#content canvas') !== null")
+    assert "[16, 8]" in text(browser)
+    bars = browser.run("document.querySelectorAll('#content svg rect').length")
+    assert bars > 20
+    browser.run("document.querySelector('input[value=magnitudes]').click()")
+    assert browser.run("document.querySelectorAll('#content svg rect.violet').length") > 2
+    assert browser.run("document.querySelector('#content svg').getAttribute('aria-label')").startswith("Histogram")
+    assert browser.complaints == []
+
+
+def test_names_are_text(browser, server):
+    open_page(browser, server, "#of=0&at=%3D%3Cimg%20src%3Dx%20onerror%3Dalert(1)%3E.steps")
+    browser.wait("document.getElementById('content').textContent.includes('onerror=alert(1)>.steps')")
+    assert browser.run("document.querySelectorAll('img').length") == 0
+    browser.run("location.hash = '#of=0'")
+    browser.wait("document.getElementById('content').textContent.includes('config.json')")
+    browser.run("[...document.querySelectorAll('button')].find((b) => b.textContent === 'config.json').click()")
+    browser.wait("[...document.querySelectorAll('pre')].some((p) => p.textContent.includes('<script>alert(1)'))")
+    # Nothing can be put in as markup, by whatever mistake.
+    assert (
+        browser.run("try { document.body.innerHTML = '<b>x</b>'; 'put in' } catch (error) { error.name }")
+        == "TypeError"
+    )
+    browser.complaints = [one for one in browser.complaints if "TrustedHTML" not in one]
+    assert browser.complaints == []
+
+
+def test_search(browser, alone):
+    open_page(browser, alone)
+    for words, found in (
+        ("up", {"model.layers.0.up.weight", "model.layers.1.up.weight"}),
+        ("*norm*", {"model.layers.0.norm.weight", "model.layers.1.norm.weight"}),
+        ("re:s\\.1.*up", {"model.layers.1.up.weight"}),
+        ("LAYERS 0", {"model.layers.0.up.weight", "model.layers.0.norm.weight"}),
+        ("nowhere", set()),
+    ):
+        browser.run("document.getElementById('search').value = ''; document.getElementById('search').focus()")
+        browser.type(words)
+        leaves = f"{ROWS}.filter((row) => !row.hasAttribute('aria-expanded')).map((row) => row.title)"
+        assert set(browser.run(leaves)) == found
+        assert f"{len(found)} of 9" in browser.run("document.getElementById('status').textContent")
+    browser.run("document.getElementById('search').value = ''")
+    browser.type("re:(")
+    assert "No expression" in browser.run("document.getElementById('status').textContent")
+    assert browser.complaints == []
+
+
+def test_compare(browser, server):
+    open_page(browser, server)
+    assert browser.run("document.getElementById('against').value") == "1"
+    browser.run("document.getElementById('survey').click()")
+    browser.wait("document.getElementById('survey').disabled")
+    browser.run("""
+        for (const [id, value] of [['shape', 'list'], ['sort', 'change']]) {
+          document.getElementById(id).value = value;
+          document.getElementById(id).dispatchEvent(new Event('change'));
+        }""")
+    rows = browser.run(f"{ROWS}.map((row) => [row.title, row.querySelector('.figure').textContent])")
+    assert dict(rows[:3]) == {
+        "broken": "other shape",
+        "new": "2nd only",
+        "<img src=x onerror=alert(1)>.steps": "1st only",
+    }
+    assert rows[3][0] == "model.layers.1.up.weight"
+    assert float(rows[3][1]) == pytest.approx(0.5, abs=0.01)
+    assert {figure for _, figure in rows[4:]} <= {"same"}
+    browser.run(f"{ROWS}[3].click()")
+    browser.wait("document.getElementById('content').textContent.includes('signs flipped')")
+    browser.wait(
+        "document.querySelectorAll('#content svg').length == 2 && document.querySelector('#content canvas') !== null"
+    )
+    assert "0.5" in text(browser)
+    assert browser.complaints == []
+
+
+def test_keyboard(browser, alone):
+    open_page(browser, alone)
+    browser.run("document.getElementById('tree').focus()")
+    active = "document.getElementById(document.getElementById('tree').getAttribute('aria-activedescendant'))"
+    assert browser.run(f"{active}.title") == "model"
+    assert browser.run(f"{active}.getAttribute('aria-expanded')") == "true"
+    for key, name in (
+        ("ArrowDown", "model.embed.weight"),
+        ("ArrowDown", "model.layers"),
+        ("ArrowRight", "model.layers"),
+        ("ArrowRight", "model.layers.0"),
+        ("ArrowRight", "model.layers.0"),
+        ("ArrowRight", "model.layers.0.up.weight"),
+        ("ArrowLeft", "model.layers.0"),
+        ("ArrowLeft", "model.layers.0"),
+        ("ArrowLeft", "model.layers"),
+        ("End", "empty"),
+        ("Home", "model"),
+        ("ArrowUp", "model"),
+    ):
+        browser.press(key)
+        assert browser.run(f"{active}.title") == name, key
+    browser.press("ArrowDown")
+    browser.press("Enter")
+    browser.wait("document.querySelector('#content h2').textContent === 'model.embed.weight'")
+    assert browser.run("document.activeElement.id") == "details"
+    browser.press("/")
+    assert browser.run("document.activeElement.id") == "search"
+    roles = browser.run(
+        f"{ROWS}.every((row) => row.getAttribute('role') === 'treeitem' && row.ariaLevel && row.ariaSetSize)"
+    )
+    assert roles
+    assert browser.complaints == []
+
+
+def test_a_link_opens_the_tree(browser, alone):
+    open_page(browser, alone, "#of=0&at=%3Dmodel.layers.1.norm.weight")
+    browser.wait(f"{ROWS}.some((row) => row.ariaSelected === 'true' && row.title === 'model.layers.1.norm.weight')")
+    browser.run("history.back()")
+    browser.wait("document.querySelector('#content h2').textContent === 'one'")
+    assert browser.complaints == []
+
+
+def test_a_computation_can_be_stopped(browser, alone, monkeypatch):
+    steps = []
+
+    def slow(node):
+        with progress.task("a long picture", 10_000) as advance:
+            for step in range(10_000):
+                steps.append(step)
+                time.sleep(0.01)
+                advance(1)
+
+    monkeypatch.setattr(_values, "picture", slow)
+    open_page(browser, alone, "#of=0&at=%3Dmodel.layers.1.up.weight")
+    browser.wait("document.getElementById('content').textContent.includes('a long picture')")
+    browser.run("[...document.querySelectorAll('button')].find((one) => one.textContent === 'Stop').click()")
+    browser.wait("document.getElementById('content').textContent.includes('Stopped.')")
+    end = time.monotonic() + 10
+    while alone.answers.jobs._active:
+        assert time.monotonic() < end, "it goes on"
+        time.sleep(0.05)
+    # What is left is called off as well.
+    before = len(steps)
+    browser.run("document.querySelector('[aria-label=\"Compute: Picture\"]').click()")
+    browser.wait("document.getElementById('content').textContent.includes('a long picture')")
+    browser.run("location.hash = '#of=0'")
+    while alone.answers.jobs._active:
+        assert time.monotonic() < end, "it goes on"
+        time.sleep(0.05)
+    assert before < len(steps) < 5000
+    assert browser.complaints == []
+
+
+def test_everything_has_a_label(browser, server):
+    open_page(browser, server, "#of=0&against=1&at=%3Dmodel.layers.1.up.weight")
+    browser.wait("document.querySelectorAll('#content svg').length == 2")
+    unnamed = browser.run("""
+        [...document.querySelectorAll('input, select, button, progress, [role=img]')].filter((one) =>
+          !(one.labels && one.labels.length) && !one.getAttribute('aria-label') && !one.textContent.trim()
+        ).map((one) => one.outerHTML.slice(0, 200))""")
+    assert unnamed == []
+
+
+def test_phone(browser, server):
+    browser.shape(390, 844)
+    open_page(browser, server)
+    assert browser.run("getComputedStyle(document.getElementById('details')).display") == "none"
+    browser.run("location.hash = '#of=0&against=1&at=%3Dmodel.layers.1.up.weight'")
+    browser.wait("document.querySelector('#content canvas') !== null")
+    assert browser.run("getComputedStyle(document.getElementById('browser')).display") == "none"
+    assert browser.run("document.documentElement.scrollWidth") <= 390
+    browser.run("document.getElementById('back').click()")
+    browser.wait("getComputedStyle(document.getElementById('browser')).display !== 'none'")
+    assert browser.complaints == []
+
+
+def test_many_tensors_are_few_elements(browser):
+    one = torch.ones(2)
+    weights = Weights.of({f"layers.{i // 10}.w{i % 10}": one[:] for i in range(20_000)})
+    with Server([("many", weights)]) as server:
+        open_page(browser, server)
+        browser.run("""
+            document.getElementById('shape').value = 'list';
+            document.getElementById('shape').dispatchEvent(new Event('change'))""")
+        assert browser.run("document.querySelectorAll('.row').length") < 100
+        browser.run("document.getElementById('tree').scrollTop = 1e9")
+        browser.wait(f"{NAMES}.includes('layers.1999.w9')")
+        assert browser.run("document.querySelectorAll('.row').length") < 100
+        state = browser.run("JSON.stringify([tree.rows.length, tree.fits])")
+        assert json.loads(state) == [20_000, 20_000]
+    assert browser.complaints == []
