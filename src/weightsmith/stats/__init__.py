@@ -6,6 +6,7 @@ shards of the data. The model is left as it was.
 """
 
 from weightsmith.stats._batch_norm import batch_norm
+from weightsmith.stats._example_gradients import example_gradients, fitted, project
 from weightsmith.stats._fisher import Fisher, Labels, fisher
 from weightsmith.stats._gram import Gram, gram
 from weightsmith.stats.room import Access, Batch, Counter, Forward, Loss, Statistic, collect, combine
@@ -23,6 +24,9 @@ __all__ = [
     "batch_norm",
     "collect",
     "combine",
+    "example_gradients",
     "fisher",
+    "fitted",
     "gram",
+    "project",
 ]
