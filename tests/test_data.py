@@ -95,3 +95,26 @@ def test_arrays_that_do_not_fit(tmp_path: Path):
 def test_labels_become_whole_numbers(tmp_path: Path):
     np.savez(tmp_path / "a.npz", x=np.ones(1, "float32"), y=np.array([2], "uint8"))
     assert examples(str(tmp_path / "a.npz")).labels.dtype == torch.int64
+
+
+def test_files_that_are_damaged_or_of_another_kind(tmp_path: Path):
+    np.savez(tmp_path / "a.npz", x=np.ones((50, 3)), y=np.zeros(50, int))
+    whole = (tmp_path / "a.npz").read_bytes()
+    (tmp_path / "a.npz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(Error, match=r"a\.npz"):
+        examples(str(tmp_path / "a.npz"))
+    with (tmp_path / "b.npz").open("wb") as file:
+        np.save(file, np.ones(3))
+    with pytest.raises(Error, match="single array"):
+        examples(str(tmp_path / "b.npz"))
+    np.savez(tmp_path / "c.npz", x=np.ones(2), y=np.array([0, np.nan]))
+    with pytest.raises(Error, match="found nan"):
+        examples(str(tmp_path / "c.npz"))
+    (tmp_path / "long.csv").write_text("text,label\n" + "x" * 200_000 + ",1\n")
+    with pytest.raises(Error, match=r"long\.csv: field larger"):
+        examples(str(tmp_path / "long.csv"))
+
+
+def test_a_mark_of_byte_order_belongs_to_no_column(tmp_path: Path):
+    (tmp_path / "t.csv").write_text("text,label\ngood,1\n", encoding="utf-8-sig")
+    assert examples(str(tmp_path / "t.csv")).inputs == ["good"]

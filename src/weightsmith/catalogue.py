@@ -463,7 +463,7 @@ def _method(
         raise Error(f"{file}:{card.lineno} {function.name}: a card has no {', '.join(sorted(unknown))}")
     own = tuple(_parameters(function.args))
     if leading is None:
-        public = tuple(p for p in own if p.name not in INTERNAL)
+        public = own if fields.get("unit") == "model" else tuple(p for p in own if p.name not in INTERNAL)
     else:
         taken = {*INTERNAL, *(p.name for p in leading)}
         asked = {need.partition(".")[0] for need in fields["needs"] if "." in need}  # "stats.gram" is given as stats=

@@ -9,6 +9,8 @@ from __future__ import annotations
 import csv
 import gzip
 import os
+import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,10 +92,15 @@ def examples(spec: str, limit: int | None = None) -> Examples:
     else:
         near = did_you_mean(spec, ("digits", "fashion-mnist"))
         raise Error(f"{spec!r} names no examples{near}; write {FORMS}")
-    return _checked(spec, inputs, labels, limit)
+    return checked(spec, inputs, labels, limit)
 
 
-def _checked(name: str, inputs: Any, labels: Any, limit: int | None) -> Examples:
+def checked(name: str, inputs: Any, labels: Any, limit: int | None = None) -> Examples:
+    """Examples of inputs and labels that fit together.
+
+    Raises:
+        Error: they do not.
+    """
     import torch
 
     if not (isinstance(inputs, list) and all(isinstance(one, str) for one in inputs)):
@@ -103,12 +110,10 @@ def _checked(name: str, inputs: Any, labels: Any, limit: int | None) -> Examples
         raise Error(f"{name}: labels must be [n] with at least one, got {list(labels.shape)}")
     if len(inputs) != len(labels):
         raise Error(f"{name}: {len(inputs)} inputs and {len(labels)} labels do not fit together")
-    if labels.is_floating_point() and not bool((labels == labels.round()).all()):
-        raise Error(f"{name}: a label is the number of a class, 0, 1, ...; found {float(labels[0])}")
-    labels = labels.long()
-    if int(labels.min()) < 0:
-        raise Error(f"{name}: a label is the number of a class, 0, 1, ...; found {int(labels.min())}")
-    return Examples(name, inputs[:limit], labels[:limit])
+    wrong = labels[(labels < 0) | (labels != labels.round())] if labels.is_floating_point() else labels[labels < 0]
+    if len(wrong):
+        raise Error(f"{name}: a label is the number of a class, 0, 1, ...; found {wrong[0].item():g}")
+    return Examples(name, inputs[:limit], labels[:limit].long().cpu())
 
 
 def _digits() -> tuple[Any, Any]:
@@ -130,11 +135,13 @@ def _fashion() -> tuple[Any, Any]:
         try:
             with gzip.open(file) as opened:
                 read.append(numpy.frombuffer(opened.read(), numpy.uint8, offset=skipped))
-        except (OSError, EOFError, ValueError) as error:
+        except (OSError, EOFError, ValueError, zlib.error) as error:
             raise Error(
                 f"fashion-mnist: {file}: {getattr(error, 'strerror', None) or error}; Debian's package "
                 "dataset-fashion-mnist brings it, and FASHION_MNIST names another folder"
             ) from None
+    if len(read[0]) % 784:
+        raise Error(f"fashion-mnist: {folder}: {len(read[0])} bytes are no pictures of 28 x 28")
     return (read[0].reshape(-1, 1, 28, 28) / 255).astype("float32"), read[1].astype("int64")
 
 
@@ -142,20 +149,23 @@ def _npz(spec: str) -> tuple[Any, Any]:
     import numpy
 
     try:
-        with numpy.load(spec, allow_pickle=False) as found:
+        found = numpy.load(spec, allow_pickle=False)
+        if isinstance(found, numpy.ndarray):
+            raise Error(f"{spec}: is a single array; numpy.savez writes x and y")
+        with found:
             lacking = [name for name in ("x", "y") if name not in found]
             if lacking:
                 raise Error(f"{spec}: has no array {lacking[0]!r}; it has {', '.join(found) or 'none'}")
             return found["x"], found["y"]
     except Error:
         raise
-    except (OSError, ValueError) as error:
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise Error(f"{spec}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def _csv(spec: str) -> tuple[list[str], list[int]]:
     try:
-        with Path(spec).open(newline="", encoding="utf-8") as file:
+        with Path(spec).open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
             known = list(reader.fieldnames or ())
             for column in ("text", "label"):
@@ -167,6 +177,6 @@ def _csv(spec: str) -> tuple[list[str], list[int]]:
                     raise Error(f"{spec}:{reader.line_num}: a label is the number of a class, got {row['label']!r}")
                 texts.append(row["text"] or "")
                 labels.append(int(row["label"]))
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise Error(f"{spec}: {getattr(error, 'strerror', None) or error}") from None
     return texts, labels

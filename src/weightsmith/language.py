@@ -40,7 +40,7 @@ def carried(weights: Weights) -> dict[str, bytes]:
     if "config.json" not in files:
         raise Error(
             "a language model is built from the config.json beside its weights, and these carry none; "
-            "open the folder that save_pretrained wrote"
+            "open the folder that save_pretrained wrote, or one that weightsmith convert makes of a GGUF file"
         )
     if not any(name.startswith(("tokenizer", "vocab", "spiece", "merges")) for name in files):
         raise Error("a text needs the tokenizer beside the weights, and these carry none; "

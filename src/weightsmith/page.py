@@ -96,9 +96,11 @@ th, td { padding: .4rem .7rem; border-bottom: 1px solid var(--rule); text-align:
   white-space: nowrap; background: var(--paper); }
 thead th { vertical-align: bottom; color: var(--muted); font-weight: 600; white-space: normal; min-width: 4.5rem; }
 th[scope=row], thead th:first-child { text-align: left; position: sticky; left: 0; font-weight: 600; }
-th[scope=row] { white-space: normal; min-width: 8rem; max-width: 15rem; line-height: 1.4; overflow-wrap: anywhere; }
+th[scope=row] { white-space: normal; min-width: 8rem; max-width: 18rem; line-height: 1.4; overflow-wrap: anywhere; }
+th.name { min-width: 13rem; }
 td small, th small { display: block; color: var(--muted); font-weight: 400; font-size: .82rem; }
-td.words { text-align: left; white-space: normal; min-width: 12rem; }
+td.words, thead th.words { text-align: left; }
+td.long { white-space: normal; min-width: 12rem; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1.5rem 2rem;
   align-items: start; }
 figure { margin: .75rem 0; min-width: 0; }
@@ -128,6 +130,10 @@ figcaption { color: var(--muted); font-size: .92rem; margin-top: .4rem; max-widt
 """
 
 
+_LONG = 32  # letters from which the words of a cell may be broken into lines
+_NAME = 24  # and those of the name of a row
+
+
 @dataclass(frozen=True)
 class Cell:
     """What stands in a table's cell: a value, and a smaller line under it."""
@@ -153,10 +159,11 @@ def page(title: str, lead: str, sections: Sequence[Section], footer: str) -> str
     Args:
         title: text; the heading, and the name of the window.
         lead: HTML under the heading.
-        sections: in order; each is listed in the contents.
+        sections: in order; listed in the contents where there are several.
         footer: HTML at the end.
     """
-    contents = "".join(f'<li><a href="#{escape(one.key)}">{escape(one.heading)}</a></li>' for one in sections)
+    links = "".join(f'<li><a href="#{escape(one.key)}">{escape(one.heading)}</a></li>' for one in sections)
+    contents = f'<nav aria-label="Contents"><ul>{links}</ul></nav>' if len(sections) > 1 else ""
     body = "\n".join(
         f'<section aria-labelledby="{escape(one.key)}">\n<h2 id="{escape(one.key)}">{escape(one.heading)}</h2>\n'
         f"{one.body}\n</section>"
@@ -177,7 +184,7 @@ def page(title: str, lead: str, sections: Sequence[Section], footer: str) -> str
 <header>
 <h1>{escape(title)}</h1>
 {lead}
-<nav aria-label="Contents"><ul>{contents}</ul></nav>
+{contents}
 </header>
 <main>
 {body}
@@ -223,7 +230,9 @@ def table(key: str, caption: str, columns: Sequence[str], rows: Sequence[Sequenc
 
     Keep the caption short: it is as wide as the table and so cannot be broken on a phone.
     """
-    head = "".join(f'<th scope="col">{escape(column)}</th>' for column in columns)
+    words = [any(row[index].is_words for row in rows) for index in range(len(columns))]
+    kinds = [' class="words"' if is_words else "" for is_words in words]
+    head = "".join(f'<th scope="col"{kind}>{escape(column)}</th>' for column, kind in zip(columns, kinds, strict=True))
     body = "\n".join(f"<tr>{_header(row[0])}{''.join(_cell(cell) for cell in row[1:])}</tr>" for row in rows)
     return (
         '<p class="hint" aria-hidden="true">The table scrolls sideways.</p>\n'
@@ -234,15 +243,22 @@ def table(key: str, caption: str, columns: Sequence[str], rows: Sequence[Sequenc
 
 
 def _header(cell: Cell) -> str:
-    return f'<th scope="row">{_content(cell)}</th>'
+    if len(cell.text) < _NAME:
+        return f'<th scope="row">{_content(cell)}</th>'
+    # Names of tensors and files are broken after a dot, a stroke or a line.
+    broken = re.sub(r"(?<=[._/])(?=[A-Za-z0-9])", "<wbr>", escape(cell.text))
+    return f'<th scope="row" class="name">{_content(cell, broken)}</th>'
 
 
 def _cell(cell: Cell) -> str:
-    return f'<td class="words">{_content(cell)}</td>' if cell.is_words else f"<td>{_content(cell)}</td>"
+    kind = f"words{' long' * (len(cell.text) > _LONG)}"
+    return f'<td class="{kind}">{_content(cell)}</td>' if cell.is_words else f"<td>{_content(cell)}</td>"
 
 
-def _content(cell: Cell) -> str:
-    return escape(cell.text) + (f" <small>{escape(cell.under)}</small>" if cell.under else "")
+def _content(cell: Cell, text: str | None = None) -> str:
+    return (escape(cell.text) if text is None else text) + (
+        f" <small>{escape(cell.under)}</small>" if cell.under else ""
+    )
 
 
 def figures(drawn: Sequence[str]) -> str:

@@ -89,3 +89,18 @@ def test_wrong_calls(run, points: Path, monkeypatch: pytest.MonkeyPatch, words: 
 def test_it_is_a_command_of_the_program(run):
     assert "eval" in Root(name="weightsmith").sections()["Look"]
     assert "--reference" in run("eval", "--help")[1]
+
+
+def test_a_report_that_cannot_be_written_is_found_before_anything_is_measured(run, points: Path):
+    place = points / "out.html"
+    place.write_text("mine")
+    for words, message in (
+        (("-o", place), "--overwrite"),
+        (("-o", points / "no" / "out.html"), "no folder"),
+        (("-o", points / "out.csv", "--text", points / "nowhere.txt"), "2 tables fit into an .html page only"),
+    ):
+        status, _, err = call(run, points, *words)
+        assert (status, message in err) == (2, True), err
+    assert place.read_text() == "mine"
+    assert call(run, points, "-o", place, "--overwrite")[0] == 0
+    assert "calibration error" in place.read_text()

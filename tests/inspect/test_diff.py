@@ -138,3 +138,18 @@ def test_everything_is_plain_data():
     assert data["same"] is False
     assert data["tensors"][0]["distance"] is None
     assert data["tensors"][1] == {"name": "b", "status": "only in b", "a": None, "b": "float32[1]"}
+
+
+def test_a_report_says_the_same(tmp_path):
+    pytest.importorskip("matplotlib")
+    a = Weights.of({"h.0.w": torch.tensor([3.0, 4.0]), "h.1.w": torch.ones(2), "gone": torch.ones(1)})
+    b = Weights.of({"h.0.w": torch.tensor([3.0, 3.0]), "h.1.w": torch.ones(2), "new": torch.ones(1)})
+    found = diff(a, b)
+    report = found.report()
+    assert report.figures["distance"] == found.overall.distance
+    assert report.figures["tensors only in b"] == 1
+    assert [(row["name"], row["status"]) for row in report.table] == [(t.name, t.status) for t in found.tensors]
+    assert [row["distance"] for row in report.table] == [0.2, 0.0, None, None]
+    assert list(report.plots[0].lines[0].y) == [0.2, 0.0]
+    assert report.save(tmp_path / "r.html").exists()
+    assert diff(Weights.of({}), Weights.of({})).report().plots == ()

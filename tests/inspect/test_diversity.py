@@ -111,3 +111,17 @@ def test_refusals():
 def test_it_reads_lazy_weights():
     found = locality([ws.open({"a": torch.ones(4)}) * 2, ws.open({"a": torch.ones(4)})])
     assert found.distances == pytest.approx((1.0, 1.0))
+
+
+def test_reports_say_the_same(tmp_path):
+    pytest.importorskip("matplotlib")
+    labels = torch.tensor([0, 0, 0, 0])
+    found = diversity(torch.tensor([[0, 0, 1, 1], [0, 1, 0, 1], [0, 0, 0, 0]]), labels)
+    report = found.report()
+    assert report.figures["any right"] == found.any_right
+    assert report.table[0]["disagreement"] == report.plots[1].surface.z[0][1] == report.plots[1].surface.z[1][0] == 0.5
+    assert report.save(tmp_path / "d.html").exists()
+    near = locality([{"w": torch.tensor([1.0, 0.0])}, {"w": torch.tensor([0.0, 1.0])}], {"w": torch.zeros(2)})
+    assert near.report().figures["mean cosine"] == pytest.approx(0.0)
+    assert list(near.report().plots[0].lines[1].y) == [1.0, 1.0]
+    assert near.report().save(tmp_path / "l.html").exists()

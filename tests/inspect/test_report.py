@@ -137,3 +137,21 @@ def test_intervals_stand_beside_their_figures():
     assert "loss low" not in report.body()
     alone = Report("r", table=[{"model": "a", "low": 1.0, "flow high": 2.0}])
     assert str(alone).splitlines()[2].split() == ["model", "low", "flow", "high"]
+
+
+def test_a_page_of_one_report_has_no_contents_and_words_stand_under_their_heading():
+    pytest.importorskip("matplotlib")
+    table = [{"name": "model.layers.0.self_attn.o_proj.weight", "kind": "o_proj", "value": 1.0}]
+    text = page_of([Report("one", table=table)])
+    assert "<nav" not in text
+    assert "<nav" in page_of([Report("one", table=table), Report("two")])
+    assert '<th scope="col" class="words">kind</th><th scope="col">value</th>' in text
+    assert "model.<wbr>layers.<wbr>0.<wbr>self_<wbr>attn" in text
+
+
+def test_words_under_an_axis_are_escaped_once():
+    pytest.importorskip("matplotlib")
+    surface = Surface(["$a", "b"], ["$c"], [[1.0, 2.0]])
+    axes = Report("r", plots=[Plot("p", "x", "y", surface=surface)]).draw().axes[0]
+    assert [label.get_text() for label in axes.get_xticklabels()] == [r"\$a", "b"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == [r"\$c"]

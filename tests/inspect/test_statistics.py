@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from weightsmith.inspect import summary
+from weightsmith.inspect import _statistics, summary
 from weightsmith.inspect._statistics import Moments, moments_of
 from weightsmith.weights import UNIT, Weights
 
@@ -94,3 +94,20 @@ def test_moments_add_up_in_any_grouping():
     right = parts[0] + (parts[1] + (parts[2] + parts[3]))
     assert left.statistics().std == pytest.approx(right.statistics().std, rel=1e-12)
     assert Moments() + parts[0] == parts[0]
+
+
+@pytest.mark.parametrize("count", [1, 7, 8, 9, 30])
+def test_large_sums_are_added_up_a_few_at_a_time(count):
+    asked, totals = [], []
+    running = _statistics._in_runs(len, totals.append)
+    wanted = next(running, None)
+    while wanted is not None:
+        units = list(wanted.units(count))
+        assert 0 < len(units) <= _statistics.AT_ONCE
+        asked += units
+        try:
+            wanted = running.send((sum(units), len(units)))
+        except StopIteration:
+            wanted = None
+    assert totals == [(sum(range(count)), count)]
+    assert asked == list(range(count))

@@ -92,3 +92,18 @@ def test_everything_is_plain_data():
     assert rows["head.weight"]["singular_values"] == rows["embed.weight"]["singular_values"]
     assert "singular_values" not in rows["steps"]
     assert data["dtypes"] == found.dtypes
+
+
+def test_a_report_says_the_same(tmp_path):
+    pytest.importorskip("matplotlib")
+    weights = model()
+    plain, full = summary(weights).report(), summary(weights, stats=True, spectra=True).report()
+    assert plain.figures["parameters"] == full.figures["parameters"] == weights.numel
+    assert [row["name"] for row in full.table] == list(weights)
+    assert full.table[1]["shape"] == "4 x 8"
+    assert full.table[1]["singular_values"].count(" ") == 3
+    assert full.table[2]["singular_values"] is None
+    norms = dict(zip(full.plots[1].lines[0].x, full.plots[1].lines[0].y, strict=True))
+    assert norms["embed"] == pytest.approx(float(weights["embed.weight"].norm()))
+    assert full.save(tmp_path / "r.html").exists()
+    assert str(summary(Weights.of({})).report())

@@ -204,3 +204,14 @@ def test_everything_is_plain_data(sharded):
     data = json.loads(json.dumps(verify(sharded).to_json()))
     assert data["ok"] is False
     assert set(data["findings"][0]) == {"severity", "message", "file", "tensor"}
+
+
+def test_a_report_says_the_same(tmp_path):
+    Weights.of({"w": torch.tensor([[1.0, float("nan")]])}).save(tmp_path / "w.safetensors")
+    found = verify(tmp_path / "w.safetensors")
+    report = found.report()
+    assert (report.figures["sound"], report.figures["errors"]) == (False, 1)
+    assert report["message"] == [finding.message for finding in found.findings]
+    assert "Nothing is wrong" not in str(report)
+    Weights.of({"w": torch.eye(2)}).save(tmp_path / "good.safetensors")
+    assert "Nothing is wrong" in str(verify(tmp_path / "good.safetensors").report())

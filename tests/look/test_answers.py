@@ -48,10 +48,10 @@ def test_checkpoints(answers, first):
 
 
 def test_tensors(answers, first):
-    found = ask(answers, "tensors", of=0)
+    found, float32 = ask(answers, "tensors", of=0), {"name": "float32", "bytes": 4, "countable": True}
     assert [row[0] for row in found["rows"]] == list(first)
     name, kind, shape, tied = found["rows"][number(first, "head.weight")]
-    assert (name, found["dtypes"][kind], shape) == ("head.weight", {"name": "float32", "bytes": 4}, [20, 8])
+    assert (name, found["dtypes"][kind], shape) == ("head.weight", float32, [20, 8])
     assert found["rows"][tied][0] == "model.embed.weight"
 
 
@@ -84,6 +84,18 @@ def test_spectrum_and_picture(answers, first):
     empty = number(first, "empty")
     assert ask(answers, "tensor", of=0, tensor=empty, kind="figures")["histogram"] is None
     assert ask(answers, "tensor", of=0, tensor=empty, kind="picture")["picture"] is None
+
+
+def test_codes_that_are_no_numbers():
+    codes = torch.arange(8, dtype=torch.uint8).reshape(2, 4).view(torch.float4_e2m1fn_x2)
+    answers = Answers([(word, Weights.of({"w": codes})) for word in "ab"])
+    assert ask(answers, "tensors", of=0)["dtypes"][0]["countable"] is False
+    assert ask(answers, "tensor", of=0, tensor=0, kind="figures")["statistics"] is None
+    assert ask(answers, "tensor", of=0, tensor=0, kind="picture")["picture"] is None
+    assert ask(answers, "tensor", of=0, tensor=0, kind="spectrum")["spectrum"] is None
+    with pytest.raises(Unknown, match="packed"):
+        ask(answers, "tensor", of=0, tensor=0, kind="change", against=1)
+    answers.jobs.stop()
 
 
 def test_values_that_are_no_numbers(answers, first):

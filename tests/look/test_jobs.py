@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 
 import pytest
 
@@ -153,6 +154,31 @@ def test_errors_are_told_once_and_tried_again(jobs):
     until(lambda: job.state == "failed")
     assert str(jobs.ask("key", work).error) == "no"
     until(lambda: jobs.ask("key", Gate2(1)).state == "done")
+
+
+def test_a_failure_holds_nothing_of_what_was_read(jobs):
+    class Large:
+        pass
+
+    held = []
+
+    def work():
+        large = Large()
+        held.append(weakref.ref(large))
+        raise ValueError("no")
+        yield
+
+    until(lambda: jobs.ask("key", work).state == "failed")
+    assert [one() for one in held] == [None]
+
+
+def test_failures_that_nobody_asks_about_again_are_forgotten(monkeypatch):
+    monkeypatch.setattr(_jobs, "MOST_KEPT", 5)
+    jobs = Jobs()
+    for index in range(12):
+        until(lambda index=index: jobs.ask(index, Gate2(0)).state == "done")
+    assert list(jobs._over) == [7, 8, 9, 10, 11]
+    jobs.stop()
 
 
 def test_memory():

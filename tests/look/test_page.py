@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 import torch
@@ -233,3 +235,135 @@ def test_many_tensors_are_few_elements(browser):
         state = browser.run("JSON.stringify([tree.rows.length, tree.fits])")
         assert json.loads(state) == [20_000, 20_000]
     assert browser.complaints == []
+
+
+def test_another_port_of_this_machine_is_told_nothing(browser, alone):
+    told = []
+
+    class Other(BaseHTTPRequestHandler):
+        def do_GET(self):
+            told.append(f"{self.path} {self.headers}")
+            self.send_response(200)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Other) as other:
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        open_page(browser, alone)
+        browser.open(f"http://127.0.0.1:{other.server_address[1]}/")
+        browser.wait("document.readyState === 'complete' && location.port !== '' && document.images !== undefined")
+        assert browser.run("localStorage.length") == 0
+        other.shutdown()
+    assert told
+    assert alone.token not in "".join(told)
+
+
+def test_the_browser_keeps_the_token(browser, alone):
+    browser.open(alone.ticket_url())
+    browser.wait("document.querySelectorAll('.row').length > 0")
+    assert browser.run("location.href") == f"http://127.0.0.1:{alone.port}/"
+    for _ in range(2):
+        browser.open("about:blank")
+        browser.wait("location.href === 'about:blank'")
+        browser.open(f"http://127.0.0.1:{alone.port}/#of=0&at=.model")
+        browser.wait("document.querySelector('#content h2')?.textContent === 'model'")
+    assert browser.complaints == []
+
+
+def test_a_wrong_address_says_so(browser, alone):
+    browser.open(f"http://127.0.0.1:{alone.port}/?token=wrong")
+    browser.wait("document.getElementById('banner')?.textContent")
+    assert "not good" in browser.run("document.getElementById('banner').textContent")
+    assert browser.run("document.querySelectorAll('.row').length") == 0
+    assert "wrong" not in browser.run("location.href")
+
+
+def test_the_skip_link_keeps_the_place(browser, server):
+    open_page(browser, server, "#of=1&against=0&at=.model")
+    browser.wait("document.querySelector('#content h2').textContent === 'model'")
+    browser.run("document.querySelector('.skip').click()")
+    assert browser.run("document.activeElement.id") == "details"
+    assert browser.run("location.hash") == "#of=1&against=0&at=.model"
+
+
+KINDS = [
+    "float16",
+    "bfloat16",
+    "float64",
+    "float8_e4m3fn",
+    "float8_e5m2",
+    "float8_e8m0fnu",
+    "int8",
+    "uint16",
+    "int64",
+    "bool",
+    "complex64",
+]
+
+
+def test_every_kind_of_tensor(browser):
+    """Each is opened alone and against itself; nothing is complained of, and no panel is in words of trouble."""
+    tensors = {name: torch.arange(1, 25).reshape(4, 6).to(getattr(torch, name)) for name in KINDS}
+    tensors["packed"] = torch.arange(8, dtype=torch.uint8).reshape(2, 4).view(torch.float4_e2m1fn_x2)
+    tensors |= {"scalar": torch.tensor(2.5), "zero": torch.zeros(3, 0), "one": torch.ones(1, 1)}
+    tensors |= {"nan": torch.full((3, 4), float("nan")), "inf": torch.tensor([[float("inf"), -float("inf")]])}
+    tensors["largest"] = torch.tensor([[-1.7e308, 1.7e308], [0, 1]], dtype=torch.float64)
+    tensors["least"] = torch.tensor([[5e-324, 0], [0, 0]], dtype=torch.float64)
+    tensors["close"] = torch.tensor([[1.0, 1 + 2**-52]], dtype=torch.float64)
+    weights = Weights.of(tensors)
+    with Server([("one", weights), ("two", weights)]) as server:
+        for against in ("", "&against=1"):
+            open_page(browser, server)
+            for name in tensors:
+                browser.run(f"location.hash = '#of=0{against}&at=%3D{name}'")
+                browser.wait(
+                    f"document.querySelector('#content h2').textContent === '{name}' && "
+                    "!document.querySelector('#content .work progress') && "
+                    "[...document.querySelectorAll('#content section > div')].every((d) => d.textContent !== '')"
+                )
+                assert not browser.run("document.querySelectorAll('#content .work').length"), name
+                assert "NaN%" not in text(browser)
+                assert browser.complaints == [], name
+
+
+def test_an_empty_checkpoint(browser):
+    with Server([("nothing", Weights.of({}))]) as server:
+        browser.open(server.url)
+        browser.wait("document.getElementById('status')?.textContent === '0 tensors'")
+        browser.wait("document.querySelector('#content h2').textContent === 'nothing'")
+        browser.run("document.getElementById('tree').focus()")
+        for key in ("ArrowDown", "Enter", "ArrowLeft", "End"):
+            browser.press(key)
+    assert browser.complaints == []
+
+
+def test_names_that_are_made_to_confuse(browser):
+    names = ["", ".", "..", "a", "a.", "\0a.b", "\x1b[31m\u202egnp", "x" * 100_000, ".".join("ab" * 5000), "=a", "a.b"]
+    with Server([("odd", Weights.of({name: torch.ones(1)[:] for name in names}))]) as server:
+        open_page(browser, server)
+        browser.run("""
+            document.getElementById('shape').value = 'list';
+            document.getElementById('shape').dispatchEvent(new Event('change'))""")
+        shown = browser.run(NAMES)
+        assert browser.run("state.root.kids.every((kid) => !(kid.tensor && kid.kids.length))")
+        assert len(shown) == len(names)
+        assert len(set(shown)) == len(names)
+        assert all(len(name) < 500 for name in shown)
+        assert not any(character in "".join(shown) for character in "\0\x1b\u202e")
+        for index in range(len(names)):
+            browser.run(f"{ROWS}[{index}].click()")
+            browser.wait(f"{ROWS}[{index}].ariaSelected === 'true'")
+            browser.wait(f"document.querySelector('#content h2').textContent === {ROWS}[{index}].title")
+        assert browser.run("document.documentElement.scrollWidth") <= 1280
+    assert browser.complaints == []
+
+
+def test_what_is_not_finite_is_seen_in_the_tree(browser, alone):
+    open_page(browser, alone)
+    browser.run("document.getElementById('survey').click()")
+    browser.wait("document.getElementById('survey').disabled")
+    marked = browser.run(f"{ROWS}.filter((row) => row.querySelector('.figure .wrong')).map((row) => row.title)")
+    assert marked == ["broken"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import time
 import urllib.error
@@ -78,32 +79,50 @@ def test_no_script_or_style_stands_in_the_page(server):
         assert word not in script
 
 
-@pytest.mark.parametrize("path", ["/", "/page.js", "/page.css", "/api/checkpoints", "/api/file?of=0&file=0"])
+ROUTES = ["checkpoints", "tensors?of=0", "tensor?of=0&tensor=0&kind=figures", "survey?of=0", "lineage?of=0"]
+
+
+@pytest.mark.parametrize("path", [f"/api/{route}" for route in (*ROUTES, "file?of=0&file=0", "nothing")] + ["/nothing"])
 def test_without_the_token_nothing_is_told(server, path):
     assert say(server, "GET", path, token=False)[0] == 403
     assert say(server, "GET", path, token=False, Authorization="Bearer wrong")[0] == 403
-    assert say(server, "GET", path, token=False, Cookie=f"weightsmith-{server.port}=wrong")[0] == 403
-    assert say(server, "GET", path, token=False, Cookie="a=\xe9; =;;")[0] == 403
+    assert say(server, "GET", path, token=False, Authorization="Bearer \xe9")[0] == 403
+    assert say(server, "GET", path, token=False, Authorization=f"Basic {server.token}")[0] == 403
+    assert say(server, "GET", path, token=False, Cookie=f"weightsmith-{server.port}={server.token}")[0] == 403
+    assert say(server, "GET", f"{path}{'&' if '?' in path else '?'}token={server.token}", token=False)[0] == 403
     assert say(server, "POST", "/api/cancel", '{"job": 1}', token=False)[0] == 403
 
 
-def test_the_address_becomes_a_cookie(server):
-    status, headers, _ = say(server, "GET", server.url.split(str(server.port))[1], token=False)
-    assert (status, headers["Location"]) == (303, "/")
-    cookie = headers["Set-Cookie"]
-    assert {"HttpOnly", "SameSite=Strict", "Path=/"} <= set(cookie.split("; "))
-    assert say(server, "GET", "/", token=False, Cookie=cookie.split(";")[0])[0] == 200
-    for token in ("", "wrong", server.token[:-1], server.token + "x"):
-        assert say(server, "GET", f"/?token={token}", token=False)[0] == 403
+def test_the_page_is_the_same_for_everybody(server):
+    for path in ("/", f"/?token={server.token}", "/?token=wrong", "/page.js", "/page.css"):
+        status, headers, content = say(server, "GET", path, token=False)
+        assert (status, content) == (200, say(server, "GET", path.partition("?")[0])[2])
+        assert server.token.encode() not in content
+        assert server.token not in str(headers)
+        assert "Set-Cookie" not in headers  # it would be sent to every port of this machine
+
+
+def test_who_has_the_address_is_given_the_token(server):
+    for _ in range(2):
+        status, headers, content = say(server, "POST", "/api/enter", server.token, token=False)
+        assert (status, json.loads(content), "Set-Cookie" in headers) == (200, {"token": server.token}, False)
+    for word in ("", "wrong", server.token[:-1], server.token + "x", "\xff", '"' + server.token + '"'):
+        status, _, content = say(server, "POST", "/api/enter", word, token=False)
+        assert (status, server.token.encode() in content) == (403, False)
+    assert say(server, "POST", "/api/enter", server.token, token=False, Origin="http://evil.example")[0] == 403
 
 
 def test_a_ticket_is_good_once(server, monkeypatch):
-    path = server.ticket_url().split(str(server.port))[1]
-    assert server.token not in path
-    assert say(server, "GET", path, token=False)[0] == 303
-    assert say(server, "GET", path, token=False)[0] == 403
+    def ticket():
+        return server.ticket_url().partition("token=")[2]
+
+    one = ticket()
+    assert one != server.token
+    assert say(server, "GET", "/api/checkpoints", token=False, Authorization=f"Bearer {one}")[0] == 403
+    assert json.loads(say(server, "POST", "/api/enter", one, token=False)[2]) == {"token": server.token}
+    assert say(server, "POST", "/api/enter", one, token=False)[0] == 403
     monkeypatch.setattr(_server, "TICKET_SECONDS", -1)
-    assert say(server, "GET", server.ticket_url().split(str(server.port))[1], token=False)[0] == 403
+    assert say(server, "POST", "/api/enter", ticket(), token=False)[0] == 403
 
 
 @pytest.mark.parametrize("host", ["evil.example", "evil.example:{port}", "127.0.0.1", "127.0.0.1:1", "localhost", ""])
@@ -132,7 +151,7 @@ def test_other_origins_are_refused(server, origin):
 def test_cross_site_requests_are_refused(server):
     for site in ("cross-site", "same-site", "strange"):
         assert say(server, "GET", "/api/checkpoints", Sec_Fetch_Site=site)[0] == 403
-        assert say(server, "GET", f"/?token={server.token}", token=False, Sec_Fetch_Site=site)[0] == 403
+        assert say(server, "POST", "/api/enter", server.token, token=False, Sec_Fetch_Site=site)[0] == 403
     own = f"http://127.0.0.1:{server.port}"
     for site in ("same-origin", "none"):
         assert say(server, "GET", "/api/checkpoints", Sec_Fetch_Site=site, Origin=own)[0] == 200
@@ -179,6 +198,55 @@ def test_bodies(server):
     assert b" 411 " in raw(server, both.encode())
     twice = f"POST /api/cancel HTTP/1.1\r\n{head}Content-Length: 1\r\nContent-Length: 2\r\n\r\nxx"
     assert b" 411 " in raw(server, twice.encode())
+    # A body that the headers hide would be taken for the next request.
+    hidden = (
+        f"GET / HTTP/1.1\r\n{head}Content-Length: 0\r\nContent-Length: 30\r\n\r\nGET /page.js HTTP/1.1\r\n{head}\r\n"
+    )
+    found = raw(server, hidden.encode())
+    assert (found.count(b"HTTP/1.1 "), b" 400 " in found) == (1, True)
+
+
+def test_requests_in_one_go(server):
+    head = f"Host: 127.0.0.1:{server.port}\r\n"
+    first = f"GET /api/checkpoints HTTP/1.1\r\n{head}Authorization: Bearer {server.token}\r\n\r\n"
+    found = raw(server, (first + f"GET /api/checkpoints HTTP/1.1\r\n{head}Connection: close\r\n\r\n").encode())
+    assert re.findall(rb"HTTP/1\.1 (\d+)", found) == [b"200", b"403"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"GET /api/checkpoints",
+        b"GET /api/checkpoints HTTP/0.9",
+        b"GET /api/\x00 HTTP/1.1",
+        b"GET  HTTP/1.1",
+        b"GET /[ HTTP/1.1",
+        b"GET ?of=0 HTTP/1.1",
+        b"GET \xff HTTP/1.1",
+        b"GET * HTTP/1.1",
+        b"GET //[/page.js HTTP/1.1",
+        b"\x00",
+        b"GET / HTTP/9",
+    ],
+)
+def test_words_that_are_no_request(server, capsys, line):
+    found = raw(server, line + f"\r\nHost: 127.0.0.1:{server.port}\r\nConnection: close\r\n\r\n".encode())
+    assert not found.startswith(b"HTTP/1.1 2")
+    assert b'checkpoints":' not in found
+    assert capsys.readouterr().err == ""
+
+
+def test_who_reads_slowly_is_served(server, monkeypatch):
+    monkeypatch.setattr(_server._Handler, "timeout", 0.4)
+    content = b"x" * 2**24
+    server.files["/large"] = (content, "text/plain")
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as one:
+        one.sendall(f"GET /large HTTP/1.1\r\nHost: 127.0.0.1:{server.port}\r\nConnection: close\r\n\r\n".encode())
+        found = 0
+        while part := one.recv(2**18):
+            found += len(part)
+            time.sleep(0.02)  # 64 pieces: longer than one time limit
+    assert found > len(content)
 
 
 def hung_up(connection, seconds=5.0):
@@ -241,13 +309,16 @@ def test_errors_have_words(server, monkeypatch, capsys):
     assert (status, json.loads(content)["error"]) == (404, "of must be a whole number below 2")
 
     def broken(*_):
-        raise RuntimeError("a path such as /home/me")
+        raise RuntimeError("a path such as /home/me, and \x1b[2J")
 
     monkeypatch.setattr(server.answers, "answer", broken)
     status, _, content = say(server, "GET", "/api/checkpoints")
     assert status == 500
     assert b"/home/me" not in content
-    assert "RuntimeError" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "RuntimeError" in told
+    assert "\x1b" not in told
+    assert "\\x1b[2J" in told
 
 
 def test_a_connection_is_used_again(server):

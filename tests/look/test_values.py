@@ -46,6 +46,11 @@ def test_histogram_by_hand():
     assert (found["below"], found["above"]) == (0, 0)
 
 
+def test_histogram_of_the_largest_values():
+    found = drawn(torch.tensor([-1.7e308, 1.7e308, 1.7e308, 0.0], dtype=torch.float64))
+    assert (found["counts"][0], found["counts"][_values.BINS // 2], found["counts"][-1]) == (1, 1, 2)
+
+
 def test_magnitudes_are_powers_of_two():
     found = drawn(torch.tensor([1.0, 1.99, 2.0, -0.5, -0.75, 0.0, 0.0, 9.0]))
     assert found["first"] == -1

@@ -15,7 +15,7 @@ from weightsmith._version import __version__
 from weightsmith.errors import Error, did_you_mean
 
 SECTIONS = {
-    "Look": ("show", "diff", "verify"),
+    "Look": ("show", "look", "diff", "verify", "eval", "inspect", "scaling"),
     "Change": ("run", "explain", "convert", "average", "adapt"),
     "Know": ("methods", "claims"),
     "Help": ("demo", "completion"),

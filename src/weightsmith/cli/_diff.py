@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from weightsmith.cli._inspect import MANY, SHOWING, check_report, listing_options, report_options
 from weightsmith.cli._manual import (
     INPUT_FORMAT,
     PATH,
@@ -21,10 +22,6 @@ from weightsmith.cli._output import echo_json, echo_table, number, percent, plur
 if TYPE_CHECKING:
     from weightsmith.inspect import Diff, LayerDiff, Sums, TensorDiff
 
-MANY = 100
-"""Tensors that are listed one by one unless asked."""
-
-_SHOWING = "What to show"
 _KEYS = ("distance", "cosine", "largest", "changed")
 
 
@@ -51,21 +48,15 @@ def command() -> click.Command:
     @option(
         "--sort",
         type=click.Choice(["name", *_KEYS]),
-        section=_SHOWING,
+        section=SHOWING,
         help="By name, or the most different first.  [default: as in A]",
     )
-    @option("--changed", is_flag=True, section=_SHOWING, help="Leave out what is the same.")
-    @option("--layers", is_flag=True, section=_SHOWING, help="One line a layer.")
-    @option(
-        "--all",
-        "everything",
-        is_flag=True,
-        section=_SHOWING,
-        help=f"One line a tensor, also when there are over {MANY}.",
-    )
+    @option("--changed", is_flag=True, section=SHOWING, help="Leave out what is the same.")
+    @listing_options
     @pattern_option
     @option("--input-format", type=INPUT_FORMAT, section="Reading", help="Which weights of a folder that has several.")
     @threads_option
+    @report_options
     @json_option
     @click.pass_context
     def diff(
@@ -79,6 +70,8 @@ def command() -> click.Command:
         pattern: tuple[str, ...],
         input_format: str | None,
         threads: int | None,
+        output: str | None,
+        overwrite: bool,
         as_json: bool,
     ) -> None:
         """Compare the checkpoints A and B by the names of their tensors.
@@ -93,6 +86,7 @@ def command() -> click.Command:
         from weightsmith import inspect
         from weightsmith import open as open_weights
 
+        check_report(output, overwrite)
         found = inspect.diff(
             open_weights(a, format=input_format),
             open_weights(b, format=input_format),
@@ -102,6 +96,8 @@ def command() -> click.Command:
         tensors = [t for t in found.tensors if not changed or t.status != "same"]
         if sort:
             tensors.sort(key=lambda t: _rank(sort, t.name, t.sums))
+        if output is not None:
+            found.report().save(output)
         if as_json:
             by_name = {row["name"]: row for row in found.rows()}
             echo_json({"a": a, "b": b, **found.to_json(), "tensors": [by_name[t.name] for t in tensors]})

@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from weightsmith.cli._inspect import check_report, report_options
 from weightsmith.cli._manual import PATH, Manual, json_option, option
 from weightsmith.cli._output import clean, echo_json
 
 if TYPE_CHECKING:
     from weightsmith.inspect import Report
 
-_ON, _AGAINST, _HOW, _OUT = "On what", "Against what", "How", "Output"
+_ON, _AGAINST, _HOW = "On what", "Against what", "How"
 
 
 def command() -> click.Command:
@@ -56,9 +57,9 @@ def command() -> click.Command:
     @option("--device", default="cpu", show_default=True, section=_HOW, help="Where to compute.")
     @option("--dtype", default="float32", show_default=True, section=_HOW, help="In what to compute.")
     @option("--seed", type=int, default=0, show_default=True, section=_HOW, help="Of the resampling for intervals.")
-    @option("-o", "--output", type=PATH, section=_OUT, help="A report: .html, .svg, .png, .csv, .json or .txt.")
+    @report_options
     @json_option
-    def evaluate(models: tuple[str, ...], output: str | None, as_json: bool, **given: Any) -> None:
+    def evaluate(models: tuple[str, ...], output: str | None, overwrite: bool, as_json: bool, **given: Any) -> None:
         """Measure each MODEL on texts, on labelled examples, or both, and compare them.
 
         On a text: perplexity, bits per byte, and, with --reference, the divergence (KL) from it and how often both find
@@ -67,15 +68,11 @@ def command() -> click.Command:
 
         On examples: accuracy, F1, log loss and calibration, with what was lost and gained against the first model.
         """
-        from weightsmith.errors import OutputError
-        from weightsmith.inspect._report import KINDS, page_of
+        from weightsmith.inspect._report import page_of
         from weightsmith.page import written
 
-        if output is not None and not output.lower().endswith(KINDS):
-            raise OutputError(f"{clean(output)}: a report is written as one of {', '.join(KINDS)}")
-        reports = _reports(list(models), **given)
-        if output is not None and len(reports) > 1 and not output.lower().endswith(".html"):
-            raise OutputError(f"{clean(output)}: {len(reports)} tables fit into an .html page only")
+        check_report(output, overwrite)
+        reports = _reports(list(models), output, **given)
         if output is not None and len(reports) > 1:
             written(output, page_of(reports, "Evaluation"))
         elif output is not None:
@@ -93,6 +90,7 @@ def command() -> click.Command:
 
 def _reports(
     models: list[str],
+    output: str | None,
     texts: tuple[str, ...],
     classify: str | None,
     limit: int | None,
@@ -106,6 +104,7 @@ def _reports(
     dtype: str,
     seed: int,
 ) -> list[Report]:
+    from weightsmith.errors import OutputError
     from weightsmith.inspect._harness import beside, harness_results
     from weightsmith.inspect._language import language
 
@@ -118,6 +117,9 @@ def _reports(
     found = dict(zip(models, harness, strict=True)) if harness else beside(models)
     if not (texts or classify or found):
         raise click.UsageError("nothing to measure on: add --text FILE, --classify EXAMPLES, or results of lm-eval")
+    count = bool(texts) + bool(classify) + bool(found)
+    if output is not None and count > 1 and not output.endswith(".html"):
+        raise OutputError(f"{output}: {count} tables fit into an .html page only")
     reports = []
     if texts:
         reports.append(

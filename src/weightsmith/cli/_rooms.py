@@ -13,7 +13,7 @@ import importlib
 import inspect
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import click
@@ -31,7 +31,7 @@ _GIVEN = {*_FILES, "evaluate"}
 
 _METHOD = "Method"
 
-# What rooms add to their methods is explained in no docstring of a method.
+# For options that a room adds, which no docstring explains, and those whose docstring speaks of tensors and symbols.
 _WORDS = {
     "base": "The checkpoint that the models were trained from.",
     "pattern": "Only tensors whose name fits: a glob or 're:...'. Repeatable.",
@@ -66,22 +66,34 @@ def _is_command(method: Method, is_lifted: bool) -> bool:
     return needs <= _GIVEN and (is_lifted or on_models)
 
 
-class Room(click.Group):
-    """The methods of a room, and the rooms inside it."""
+Find = Callable[[], Sequence[Method]]
+Make = Callable[[Method], click.Command]
 
-    def __init__(self, room: str, **fields: Any):
+
+class Room(click.Group):
+    """The methods of a room, and the rooms inside it.
+
+    Args:
+        room: its name, ``merge`` or ``merge.align``.
+        find: the methods that have commands, of this room and others.
+        make: the command of a method.
+    """
+
+    def __init__(self, room: str, find: Find, make: Make, **fields: Any):
         super().__init__(room.rpartition(".")[2], **fields)
-        self.room = room
+        self.room, self.find, self.make = room, find, make
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        inner = (m.room[len(self.room) + 1 :].split(".")[0] for m in _methods() if m.room.startswith(self.room + "."))
-        return [m.name for m in _methods() if m.room == self.room] + list(dict.fromkeys(inner))
+        inner = (m.room[len(self.room) + 1 :].split(".")[0] for m in self.find() if m.room.startswith(self.room + "."))
+        return [m.name for m in self.find() if m.room == self.room] + list(dict.fromkeys(inner))
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        for method in _methods():
+        for method in self.find():
             if (method.room, method.name) == (self.room, cmd_name):
-                return command(method)
-        return group(f"{self.room}.{cmd_name}") if cmd_name in self.list_commands(ctx) else None
+                return self.make(method)
+        if cmd_name not in self.list_commands(ctx):
+            return None
+        return described(type(self), f"{self.room}.{cmd_name}", self.find, self.make)
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         known = self.list_commands(ctx)
@@ -94,11 +106,18 @@ class Room(click.Group):
 
 def group(room: str) -> click.Group:
     """The commands of one room."""
+    return described(Room, room, _methods, command)
+
+
+def described(kind: type[Room], room: str, find: Find, make: Make) -> Room:
+    """A group for a room, with the words of its docstring."""
     module = ast.parse(PACKAGE.joinpath(*room.split("."), "__init__.py").read_text(encoding="utf-8"))
     about = (ast.get_docstring(module) or room).split("\n\n")[0]
     help = _plain(" ".join(about.split()))
-    return Room(
+    return kind(
         room,
+        find,
+        make,
         help=help,
         short_help=help.split(":")[0].rstrip(".") + ".",
         epilog=f"weightsmith methods --room {room} lists every method, with those that need more than files.",
@@ -109,9 +128,7 @@ def command(method: Method) -> click.Command:
     """The command of one method."""
     first, *others = method.public
     several = "Sequence" in first.annotation
-    words = _arguments(method.docstring)
-    told = [p for p in others if "Callable" not in p.annotation]  # a shell has no functions to be told of a step
-    options = [_option(p, _WORDS.get(p.name) or words.get(p.name, ""), method) for p in told]
+    options = options_of(method, others)
     names = {one.name for one in options}
     argument = click.Argument(
         ["inputs"], type=PATH, nargs=-1 if several else 1, required=True, metavar="MODEL..." if several else "PATH"
@@ -128,11 +145,20 @@ def command(method: Method) -> click.Command:
         method.name,
         callback=run,
         params=[argument, *options, *save_options(without={n for n in names if n})],
-        help=_about(method),
+        help=about(method),
         short_help=_plain(method.summary),
         examples=[(f"weightsmith {said} {method.name} {inputs}{base} -o out/", "With its defaults, into a folder.")],
         status=SAVING,
     )
+
+
+def options_of(method: Method, parameters: Sequence[Parameter]) -> list[click.Option]:
+    """An option for each of the parameters that a shell can give."""
+    own = _arguments(method.docstring)
+    own = {name: text for name, text in own.items() if name not in _WORDS or not text.startswith(("``[", ":math:"))}
+    words = _WORDS | own
+    told = [p for p in parameters if "Callable" not in p.annotation]  # a shell has no functions to be told of a step
+    return [_option(p, words.get(p.name, ""), method) for p in told]
 
 
 def _run(method: Method, inputs: Any, chosen: dict[str, Any], given: dict[str, Any]) -> None:
@@ -161,6 +187,8 @@ def _option(parameter: Parameter, help: str, method: Method) -> click.Option:
         help = _SPEC
     elif parameter.name == "pattern":
         fields |= {"multiple": True, "metavar": "PATTERN"}
+        if not help.endswith("Repeatable."):
+            help = f"{help.rstrip('.')}: a glob or 're:...'. Repeatable."
     elif parameter.annotation == "bool":
         names, fields["default"] = [f"{flag}/--no-{flag[2:]}"], None
     elif words and parameter.annotation.startswith("Literal"):
@@ -178,6 +206,8 @@ def _said(default: str) -> str:
         value = ast.literal_eval(default)
     except (ValueError, SyntaxError):
         return default
+    if isinstance(value, tuple | list) and value and not isinstance(value[0], tuple | list):
+        return ",".join(map(str, value))
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)
 
 
@@ -243,7 +273,8 @@ def built(value: Any) -> Any:
 # Words
 
 
-def _about(method: Method) -> str:
+def about(method: Method) -> str:
+    """The help of a method's command."""
     parts = [_plain(method.summary)]
     if method.claim:
         parts.append(f"What it promises: {_plain(method.claim)}.")

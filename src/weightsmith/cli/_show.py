@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from weightsmith.cli._inspect import MANY, SHOWING, check_report, listing_options, report_options
 from weightsmith.cli._manual import (
     PATH,
     Manual,
@@ -19,11 +20,6 @@ from weightsmith.cli._output import clean, echo_json, echo_table, number, percen
 
 if TYPE_CHECKING:
     from weightsmith.inspect import Summary
-
-MANY = 100
-"""Tensors that are listed one by one unless asked."""
-
-_SHOWING = "What to show"
 
 
 def command() -> click.Command:
@@ -42,26 +38,20 @@ def command() -> click.Command:
     )
     @click.argument("path", type=PATH)
     @option(
-        "--stats", is_flag=True, section=_SHOWING, help="Norm, mean, deviation, extremes, zeros, NaN and infinities."
+        "--stats", is_flag=True, section=SHOWING, help="Norm, mean, deviation, extremes, zeros, NaN and infinities."
     )
     @option(
         "--spectra",
         is_flag=True,
-        section=_SHOWING,
+        section=SHOWING,
         help="Singular values and ranks of every matrix. Slow for large ones.",
     )
-    @option("--layers", is_flag=True, section=_SHOWING, help="One line a layer.")
-    @option(
-        "--all",
-        "everything",
-        is_flag=True,
-        section=_SHOWING,
-        help=f"One line a tensor, also when there are over {MANY}.",
-    )
-    @option("--lineage", is_flag=True, section=_SHOWING, help="What made the weights, as a tree of steps.")
+    @listing_options
+    @option("--lineage", is_flag=True, section=SHOWING, help="What made the weights, as a tree of steps.")
     @pattern_option
     @threads_option
     @input_options
+    @report_options
     @json_option
     def show(
         path: str,
@@ -74,6 +64,8 @@ def command() -> click.Command:
         at: str | None,
         input_format: str | None,
         threads: int | None,
+        output: str | None,
+        overwrite: bool,
         as_json: bool,
     ) -> None:
         """Show what is in PATH: a checkpoint folder, a file of safetensors, PyTorch, GGUF or npz, or an address.
@@ -87,10 +79,13 @@ def command() -> click.Command:
         from weightsmith.inspect import summary
         from weightsmith.weights._lineage import lines
 
+        check_report(output, overwrite)
         weights = open_weights(path, at=at, format=input_format)
         made = weights.lineage
         weights = weights.select(list(pattern)) if pattern else weights
         found = summary(weights, stats, spectra, threads)
+        if output is not None:
+            found.report().save(output)
         if as_json:
             echo_json({"path": path, **found.to_json()} | ({"lineage": made.record()} if lineage else {}))
             return

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from weightsmith import progress
 from weightsmith.card import card
-from weightsmith.data import Examples
+from weightsmith.data import Examples, checked
 from weightsmith.errors import Error, listed
 from weightsmith.inspect._diversity import flips
+from weightsmith.inspect._parts import with_ends
 from weightsmith.inspect._report import Line, Plot, Report
 from weightsmith.inspect.evaluation import (
-    Interval,
     bootstrap,
     calibration_error,
     log_loss,
@@ -48,7 +48,7 @@ def classification(
     reference: str | None = None,
     *,
     batch: int = 256,
-    device: str = "cpu",
+    device: str | None = None,
     forward: Callable[[nn.Module, Any], Any] | None = None,
     confidence: float = 0.95,
     samples: int = 2000,
@@ -62,7 +62,8 @@ def classification(
         data: inputs and labels.
         reference: the name of the one that all others are compared with; the first by default.
         batch: examples at a time.
-        device: where to compute.
+        device: where to compute with models that are made here; by default on the CPU. Given modules stay where they
+            are.
         forward: ``(model, inputs) -> scores``, where calling the model does not do; an output with ``logits`` does.
         confidence: of the intervals, by resampling examples.
         samples: resamples.
@@ -86,7 +87,7 @@ def classification(
     first = next(iter(models)) if reference is None else reference
     if first not in models:
         raise Error(f"classification: no model {first!r} to compare with; there are {listed(models)}")
-    given = data if isinstance(data, Examples) else Examples("examples", *data)
+    given = data if isinstance(data, Examples) else checked("examples", *data)
     scores = {}
     with progress.task("models", len(models)) as advance:
         for name, model in models.items():
@@ -98,7 +99,7 @@ def classification(
     table = []
     for name, one in scores.items():
         row: dict[str, Any] = {"model": name, "examples": len(given)}
-        row |= _ends("accuracy", bootstrap(right[name], **options))
+        row |= with_ends("accuracy", bootstrap(right[name], **options))
         row["macro F1"] = float(weighted_f1(said[name], given.labels, "macro"))
         row |= _forecast(one, given.labels)
         if len(scores) > 1:
@@ -107,6 +108,7 @@ def classification(
     notes = [f"Intervals hold with a confidence of {confidence:g}, over {len(given)} examples."]
     if len(scores) > 1:
         notes.append(f"Differences, lost and gained answers are against {first}.")
+    notes += [f"{row['model']} gives scores that are not finite." for row in table if row["log loss"] is None]
     return Report(
         f"{len(models)} classifier{'s' * (len(models) > 1)} on {given.name}", {}, table, [_plot(table)], notes
     )
@@ -123,20 +125,14 @@ def _compared(
     said: Tensor, other: Tensor, right: Tensor, other_right: Tensor, labels: Tensor, itself: bool, options: Any
 ) -> dict[str, Any]:
     if itself:
-        return _ends("difference", None) | dict.fromkeys(("p", "lost", "gained", "the same"))
+        return with_ends("difference", None) | dict.fromkeys(("p", "lost", "gained", "the same"))
     turned = flips(other, said, labels)
-    return _ends("difference", paired_interval(right, other_right, **options)) | {
+    return with_ends("difference", paired_interval(right, other_right, **options)) | {
         "p": mcnemar(right, other_right).p_value,
         "lost": turned.negative,
         "gained": turned.positive,
         "the same": float((said == other).double().mean()),
     }
-
-
-def _ends(name: str, found: Interval | None) -> dict[str, float | None]:
-    if found is None:
-        return dict.fromkeys((name, f"{name} low", f"{name} high"))
-    return {name: found.estimate, f"{name} low": found.low, f"{name} high": found.high}
 
 
 def _plot(table: list[dict[str, Any]]) -> Plot:
@@ -146,11 +142,17 @@ def _plot(table: list[dict[str, Any]]) -> Plot:
 
 
 def _scores(
-    name: str, given: nn.Module | Maker, data: Examples, batch: int, device: str, forward: Callable[..., Any] | None
+    name: str,
+    given: nn.Module | Maker,
+    data: Examples,
+    batch: int,
+    device: str | None,
+    forward: Callable[..., Any] | None,
 ) -> Tensor:
     """``[n, classes]`` on the CPU."""
     made = not isinstance(given, nn.Module)
-    model: nn.Module = given().to(device) if made else given  # type: ignore[operator, assignment]
+    model: nn.Module = given().to(device or "cpu") if made else given  # type: ignore[operator, assignment]
+    place = next((one.device for one in [*model.parameters(), *model.buffers()]), torch.device(device or "cpu"))
     ask = forward or (lambda model, inputs: model(inputs))
     found = []
     with (
@@ -159,7 +161,7 @@ def _scores(
         torch.no_grad(),
     ):
         for inputs, labels in data.batches(batch):
-            scores = ask(model, inputs.to(device) if isinstance(inputs, Tensor) else inputs)
+            scores = ask(model, inputs.to(place) if isinstance(inputs, Tensor) else inputs)
             scores = getattr(scores, "logits", scores)
             if not isinstance(scores, Tensor) or scores.ndim != 2 or len(scores) != len(labels):
                 shape = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from weightsmith.errors import Error, listed
+from weightsmith.inspect._parts import short
 from weightsmith.inspect._plain import layer_of, plain
+from weightsmith.inspect._report import Line, Plot, Report
 from weightsmith.inspect._statistics import is_countable, streamed
 from weightsmith.weights import Lazy, Pattern, Weights
 
@@ -151,6 +153,32 @@ class Diff:
             "overall": plain(self.overall.figures()),
             "tensors": self.rows(),
         }
+
+    def report(self) -> Report:
+        """How far the two are apart overall, a row a tensor, and the distances by layer."""
+        layers = self.layers()
+        names = short([layer.name for layer in layers])
+        distances = Line("distance", names, [layer.sums.distance for layer in layers], style="bars")
+        shares = Line("share of values", names, [layer.sums.share for layer in layers], style="bars")
+        empty = dict.fromkeys(Sums().figures())
+        return Report(
+            "How far two checkpoints are apart",
+            figures={
+                "same": self.same,
+                **{f"tensors {status}": count for status, count in self.counts().items()},
+                **self.overall.figures(),
+            },
+            table=[{**_row(tensor), **(tensor.sums.figures() if tensor.sums else empty)} for tensor in self.tensors],
+            plots=[
+                Plot("Distance by layer", "layer", "||a - b|| / ||a||", [distances]),
+                Plot("Values that changed, by layer", "layer", "share", [shares]),
+            ]
+            if layers
+            else (),
+            notes=[
+                "A tensor is the same when its bits are; distance and cosine are of the values finite on both sides."
+            ],
+        )
 
 
 def diff(a: Weights, b: Weights, pattern: Pattern = "*", threads: int | None = None) -> Diff:

@@ -3,7 +3,7 @@
 The error of an average falls with the number of models as far as their errors are independent
 (diversity), and grows with the square of their distance (locality), since only near each other the
 average of weights acts as the average of predictions (Ramé et al. 2022, 'Diverse Weight Averaging for
-Out-of-Distribution Generalization', Equation 3 and Proposition 2).
+Out-of-Distribution Generalization').
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from weightsmith.errors import Error
 from weightsmith.inspect._plain import plain
+from weightsmith.inspect._report import Line, Plot, Report, Surface
 from weightsmith.weights import Inputs, Lazy, Reduction, Stack, Weights, open, same_names, single, solve_all
 
 
@@ -66,6 +67,29 @@ class Diversity:
         """All of it as plain data."""
         means = {"ratio_error": plain(self.ratio_error), "disagreement": self.disagreement}
         return plain(self) | means
+
+    def report(self) -> Report:
+        """Accuracies, a row a pair of models, and how often two of them disagree."""
+        indices = [str(index) for index in range(len(self.accuracies))]
+        between = {(pair.first, pair.second): pair.disagreement for pair in self.pairs}
+        cells = [[between.get((min(i, j), max(i, j)), 0.0) for j in range(len(indices))] for i in range(len(indices))]
+        accuracies = Line("accuracy", indices, list(self.accuracies), style="bars")
+        return Report(
+            "How differently models err",
+            figures={
+                "models": len(self.accuracies),
+                "mean accuracy": sum(self.accuracies) / len(self.accuracies),
+                "any right": self.any_right,
+                "ensemble": self.ensemble,
+                "disagreement": self.disagreement,
+                "ratio error": self.ratio_error,
+            },
+            table=[vars(pair) for pair in self.pairs],
+            plots=[
+                Plot("Accuracy", "model", "share of right answers", [accuracies]),
+                Plot("Disagreement", "model", "model", surface=Surface(indices, indices, cells)),
+            ],
+        )
 
 
 def diversity(predictions: Tensor, labels: Tensor) -> Diversity:
@@ -179,6 +203,27 @@ class Locality:
     def to_json(self) -> dict[str, Any]:
         """All of it as plain data."""
         return plain(self) | {"spread": self.spread}
+
+    def report(self) -> Report:
+        """Distances, lengths, and the cosines between all pairs."""
+        indices = [str(index) for index in range(len(self.distances))]
+        distances = Line("from the mean", indices, list(self.distances), style="bars")
+        lengths = Line("from the base", indices, list(self.lengths), style="bars")
+        lines = [distances] if self.lengths == self.distances else [distances, lengths]
+        count = len(indices)
+        pairs = [self.cosines[i][j] for i in range(count) for j in range(i)]
+        return Report(
+            "How near models lie to each other",
+            figures={"models": count, "spread": self.spread, "mean cosine": sum(pairs) / len(pairs)},
+            table=[
+                {"model": i, "distance": distance, "length": self.lengths[i], "cosines": list(self.cosines[i])}
+                for i, distance in enumerate(self.distances)
+            ],
+            plots=[
+                Plot("Distances", "model", "distance", lines),
+                Plot("Cosines of differences", "model", "model", surface=Surface(indices, indices, self.cosines)),
+            ],
+        )
 
 
 def locality(models: Sequence[Any], base: Any = None, threads: int | None = None) -> Locality:

@@ -21,9 +21,10 @@ from torch import Tensor
 from weightsmith import progress
 from weightsmith.card import card
 from weightsmith.errors import Error
+from weightsmith.inspect._parts import decoded, with_ends
 from weightsmith.inspect._report import Line, Plot, Report
 from weightsmith.inspect._twin import Twin, digest, folder_of, kept, make
-from weightsmith.inspect.evaluation import Interval, bootstrap, paired_interval
+from weightsmith.inspect.evaluation import bootstrap, paired_interval
 from weightsmith.language import Windows, built, carried, check, cut, described, predictions, read_text, without_weights
 from weightsmith.weights import Weights, as_dtype, open
 
@@ -106,7 +107,7 @@ def language(
         MissingPackage: transformers is not installed.
     """
     check("language", length, windows, device)
-    named = {name: _plain(open(source)) for name, source in _named(models, "model").items()}
+    named = {name: decoded(open(source)) for name, source in _named(models, "model").items()}
     for weights in named.values():
         described(carried(weights))  # what cannot be read is found before anything is asked
     read = {name: read_text(path) for name, path in _named(texts, "text").items()}
@@ -162,14 +163,6 @@ def _named(given: Any, what: str) -> dict[str, Any]:
     return found
 
 
-def _plain(weights: Weights) -> Weights:
-    if not any(name.endswith("_packed") for name in weights):
-        return weights
-    from weightsmith.quantize import dequantize
-
-    return dequantize(weights)
-
-
 def _logs(model: Any, windows: Windows) -> Iterator[tuple[int, Tensor, Tensor]]:
     with progress.task("windows", len(windows.tokens)) as advance:
         for number, window in enumerate(windows.tokens):
@@ -180,7 +173,7 @@ def _logs(model: Any, windows: Windows) -> Iterator[tuple[int, Tensor, Tensor]]:
 
 def _twins(weights: Weights, asked: _Asked, place: Path) -> dict[str, Twin]:
     """What the reference says of every text; the model is built only where something is not known yet."""
-    plain = _plain(weights)
+    plain = decoded(weights)
     files = carried(plain)
     ready: list[Any] = []
 
@@ -230,6 +223,8 @@ def _scored(model: Any, windows: Windows, twin: Twin | None) -> Read:
         if twin is not None:
             said, likeliest = (one.to(logs.device) for one in twin.rows(done, done + len(truth)))
             own = logs[:, : said.shape[1]]
+            if own.shape[1] < said.shape[1]:
+                raise Error(f"a model of {own.shape[1]} tokens cannot be compared with a reference of {said.shape[1]}")
             share = said.exp()
             # What both shares sum to, 1, is added and taken away: so no token's part is below zero, and rounding is.
             parts = torch.where(share > 0, share * (said - own), 0) - share + own.exp()
@@ -249,27 +244,22 @@ def _row(
     options = {"weight": tokens, "confidence": confidence, "samples": samples, "seed": seed}
     loss = bootstrap(one.losses / tokens, **options) if bool(one.losses.isfinite().all()) else None
     row: dict[str, Any] = {"model": name, "text": text, "tokens": int(tokens.sum())}
-    row |= _ends("nats", loss) | _ends("perplexity", None if loss is None else loss.map(_exp))
+    row |= with_ends("nats", loss) | with_ends("perplexity", None if loss is None else loss.map(_exp))
     row["bits per byte"] = float(one.losses.sum()) / math.log(2) / max(sum(one.windows.spans), 1)
     if with_ratio:
         difference = None
-        if other is not None and loss is not None:
+        if other is not None and loss is not None and bool(other.isfinite().all()):
             difference = paired_interval(one.losses / tokens, other / tokens, **options)
-        row |= _ends("ratio", None if difference is None else difference.map(_exp))
+        row |= with_ends("ratio", None if difference is None else difference.map(_exp))
     if one.divergence is not None and one.agreement is not None:
-        row |= _ends("KL", bootstrap(one.divergence / tokens, **options) if loss is not None else None)
-        row |= _ends("agreement", bootstrap(one.agreement / tokens, **options))
+        known = bool(one.divergence.isfinite().all())
+        row |= with_ends("KL", bootstrap(one.divergence / tokens, **options) if known else None)
+        row |= with_ends("agreement", bootstrap(one.agreement / tokens, **options))
     return row
 
 
 def _exp(value: float) -> float:
     return math.exp(value) if value < 700 else math.inf
-
-
-def _ends(name: str, found: Interval | None) -> dict[str, float | None]:
-    if found is None:
-        return dict.fromkeys((name, f"{name} low", f"{name} high"))
-    return {name: found.estimate, f"{name} low": found.low, f"{name} high": found.high}
 
 
 def _title(named: Mapping[str, Any], texts: Mapping[str, str]) -> str:

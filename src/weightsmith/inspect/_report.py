@@ -112,7 +112,7 @@ class Report:
             raise Error(f"report {self.title!r}: the rows of its table have different columns")
 
     def __getitem__(self, name: str) -> Any:
-        """A figure, or a column of the table as a list."""
+        """A figure; without one of that name, a column of the table as a list."""
         if name in self.figures:
             return self.figures[name]
         if self.table and name in self.table[0]:
@@ -297,10 +297,10 @@ def _drawing(plots: Sequence[Plot], colours: Mapping[str, str], across: int, key
     down = -(-len(plots) // across)
     with page.drawing_style(key, colours):
         drawing = Figure(figsize=(_WIDTH * across, _HEIGHT * down), layout="constrained")
-        panels = drawing.subplots(down, across, squeeze=False).flat
+        panels = list(drawing.subplots(down, across, squeeze=False).flat)
         for axes, plot in zip(panels, plots, strict=False):
             _draw(axes, plot, colours, titled=len(plots) > 1)
-        for axes in list(panels)[len(plots) :]:
+        for axes in panels[len(plots) :]:
             axes.set_visible(False)
     return drawing
 
@@ -312,7 +312,7 @@ def _draw(axes: Axes, plot: Plot, colours: Mapping[str, str], titled: bool) -> N
     for index, line in enumerate(plot.lines):
         colour = colours[_HUES[index % len(_HUES)]]
         if line.style == "bars":
-            _draw_bars(axes, line, colour, bars.index(line), len(bars))
+            _draw_bars(axes, line, colour, colours["ink"], bars.index(line), len(bars))
         else:
             _draw_line(axes, line, colour, index)
     if titled:
@@ -323,7 +323,13 @@ def _draw(axes: Axes, plot: Plot, colours: Mapping[str, str], titled: bool) -> N
         axes.set_xscale("log")
     if "y" in plot.log:
         axes.set_yscale("log")
-    if len(plot.lines) > 1:
+    if bars:
+        axes.grid(False, axis="x")
+        count = max(len(line.x) for line in bars)
+        axes.set_xlim(-max(0.5, 1.5 - count / 2), count - 1 + max(0.5, 1.5 - count / 2))  # few bars stay narrow
+    if len(plot.lines) > 4:
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=7)
+    elif len(plot.lines) > 1:
         axes.legend()
 
 
@@ -347,18 +353,18 @@ def _draw_line(axes: Axes, line: Line, colour: str, index: int) -> None:
             axes.vlines(list(line.x), list(line.low), list(line.high), color=colour, linewidth=1.2)
 
 
-def _draw_bars(axes: Axes, line: Line, colour: str, index: int, count: int) -> None:
+def _draw_bars(axes: Axes, line: Line, colour: str, ink: str, index: int, count: int) -> None:
     wide = 0.8 / count
     places = [place + (index - (count - 1) / 2) * wide for place in range(len(line.x))]
     axes.bar(places, list(line.y), width=wide, color=colour, label=_shown(line.label))
     if line.low is not None and line.high is not None:
-        axes.vlines(places, list(line.low), list(line.high), color=colour, linewidth=1.2)
-    _label(axes, range(len(line.x)), line.x)
+        axes.vlines(places, list(line.low), list(line.high), color=ink, linewidth=1.2)
+    _label(axes, *_some(line.x, 24, 0.0))
 
 
 def _label(axes: Axes, places: Sequence[float], words: Sequence[Any]) -> None:
     """Words under an axis, slanted where they would meet."""
-    crowded = sum(len(_text(word)) for word in words) > 40
+    crowded = sum(len(_text(word)) + 1 for word in words) > 55
     slant: dict[str, Any] = {"rotation": 60, "ha": "right", "rotation_mode": "anchor"} if crowded else {}
     axes.set_xticks(places, [_shown(_text(word)) for word in words], **slant)
 
@@ -381,18 +387,19 @@ def _draw_surface(axes: Axes, surface: Surface, colours: Mapping[str, str]) -> N
         )
     else:
         image = axes.pcolormesh(shown, cmap="viridis", rasterized=fine)
-        _label(axes, *_some(surface.x, 16))
-        axes.set_yticks(*_some(surface.y, 24))
+        _label(axes, *_some(surface.x, 12))
+        places, names = _some(surface.y, 24)
+        axes.set_yticks(places, [_shown(_text(name)) for name in names])
     bar = axes.figure.colorbar(image, ax=axes)
     bar.outline.set_visible(False)  # type: ignore[operator]
     if surface.log:
         bar.set_label("log10")
 
 
-def _some(words: Sequence[Any], most: int) -> tuple[list[float], list[str]]:
+def _some(words: Sequence[Any], most: int, middle: float = 0.5) -> tuple[list[float], Sequence[Any]]:
     """The middles of cells and their words: every so many where there are more than can be read."""
-    step = -(-len(words) // most)
-    return [index + 0.5 for index in range(0, len(words), step)], [_shown(_text(word)) for word in words[::step]]
+    step = max(-(-len(words) // most), 1)
+    return [index + middle for index in range(0, len(words), step)], words[::step]
 
 
 def _shown(text: str) -> str:

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from weightsmith import progress
-from weightsmith.weights import Inputs, Lazy, Reduction, single, solve_all
+from weightsmith.weights import Inputs, Lazy, Pass, Reduction, single, solve_all
+
+Unit = Literal["element", "row", "tensor"]
 
 
 @dataclass(frozen=True)
@@ -119,28 +121,64 @@ def is_countable(dtype: torch.dtype) -> bool:
     return True
 
 
+AT_ONCE = 8
+"""Units whose sums are held until they are added up, where sums are large."""
+
+
+def _found(total: Any) -> Any:
+    return total
+
+
+def _in_runs(function: Callable[..., Any], solve: Callable[[Any], Any]) -> Generator[Pass, Any, Any]:
+    """As `single`, but sums are added up every `AT_ONCE` units: those of all units together may not fit."""
+    total: tuple[Any, ...] | None = None
+    start, count = 0, 1
+
+    def units(of: int) -> Sequence[int]:
+        nonlocal count
+        count = of
+        return range(start, min(start + AT_ONCE, of))
+
+    while start < count:
+        found = yield Pass(function, units=units)
+        total = found if total is None else tuple(a + b for a, b in zip(total, found, strict=True))
+        start += AT_ONCE
+    return solve(total)
+
+
 def streamed(
     function: Callable[..., Any],
     groups: Sequence[Sequence[Lazy]],
     label: str,
     threads: int | None = None,
+    unit: Unit = "element",
+    solve: Callable[[Any], Any] = _found,
+    large: bool = False,
 ) -> list[Any]:
-    """``function(*chunks)`` added up over each group of nodes of one shape; None for empty tensors.
+    """``solve(function(*chunks))``, added up over each group of nodes of one shape; None for empty tensors.
 
-    The groups share the threads; no tensor is ever held whole.
+    The groups share the threads. No tensor is ever held whole, unless ``unit`` is ``"tensor"``: then a thread
+    holds one group.
+
+    Args:
+        large: the function gives tuples of large tensors, of which no more than `AT_ONCE` are held for a group.
     """
+    if not groups:
+        return []
     total = sum(node.spec.nbytes for group in groups for node in group)
     with progress.task(label, total, "bytes") as advance:
 
-        def counted(*chunks: Tensor) -> Any:
-            result = function(*chunks)
-            advance(sum(chunk.numel() * chunk.dtype.itemsize for chunk in chunks))
-            return result
+        def solver(group: Sequence[Lazy]) -> Any:
+            sizes = [node.spec.dtype.itemsize for node in group]  # chunks may come wider than they are stored
 
-        def solver() -> Any:
-            return single(counted, lambda found: found)
+            def counted(*chunks: Tensor) -> Any:
+                result = function(*chunks)
+                advance(sum(chunk.numel() * size for chunk, size in zip(chunks, sizes, strict=True)))
+                return result
 
-        reductions = [Reduction([Inputs(group, "element")], solver) for group in groups]
+            return (_in_runs if large else single)(counted, solve)
+
+        reductions = [Reduction([Inputs(group, unit)], functools.partial(solver, group)) for group in groups]
         solve_all(reductions, threads)
     return [reduction.value() for reduction in reductions]
 

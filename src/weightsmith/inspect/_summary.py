@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from weightsmith import progress
+from weightsmith.inspect._parts import short
 from weightsmith.inspect._plain import layer_of, plain
+from weightsmith.inspect._report import Line, Plot, Report
 from weightsmith.inspect._spectra import Spectrum, has_spectrum, spectrum
 from weightsmith.inspect._statistics import Statistics, statistics_of
+from weightsmith.text import number
 from weightsmith.weights import Weights, dtype_name, materialize
 
 
@@ -85,6 +88,29 @@ class Summary:
             "tensors": self.rows(),
         }
 
+    def report(self) -> Report:
+        """Totals, a row a tensor, and parameters by layer; norms by layer where statistics were asked for."""
+        layers = self.layers()
+        names = [layer.name for layer in layers]
+        plots = [_bars("Parameters by layer", "parameters", names, [layer.parameters for layer in layers])]
+        if any(tensor.stats is not None for tensor in self.tensors):
+            squares = dict.fromkeys(names, 0.0)
+            for tensor in self.tensors:
+                if tensor.stats is not None and tensor.tied_to is None:
+                    squares[layer_of(tensor.name)] += tensor.stats.norm**2
+            plots.append(_bars("Norm by layer", "norm", names, [value**0.5 for value in squares.values()]))
+        return Report(
+            "What is in the weights",
+            figures={
+                "tensors": len(self.tensors),
+                "parameters": self.parameters,
+                "bytes": self.bytes,
+                **{f"parameters in {dtype}": count for dtype, count in self.dtypes.items()},
+            },
+            table=_table(self.tensors),
+            plots=plots if self.tensors else (),
+        )
+
 
 def summary(weights: Weights, stats: bool = False, spectra: bool = False, threads: int | None = None) -> Summary:
     """What is in ``weights``: shapes, dtypes, sizes and ties, without reading a value unless asked.
@@ -130,6 +156,23 @@ def _spectra(weights: Weights, names: Iterable[str]) -> dict[str, Spectrum | Non
             found[name] = spectrum(materialize(weights.node(name)))
             advance(1)
     return found
+
+
+def _bars(title: str, what: str, names: list[str], values: list[Any]) -> Plot:
+    return Plot(title, "layer", what, [Line(what, short(names), values, style="bars")])
+
+
+def _table(tensors: Sequence[TensorSummary]) -> list[dict[str, Any]]:
+    """Records with the same columns, None where a tensor has no such figure; shapes and singular values as words."""
+    rows = [_row(tensor) for tensor in tensors]
+    columns = dict.fromkeys(key for row in rows for key in row if row[key] is not None)
+    made: list[dict[str, Any]] = [{key: row.get(key) for key in columns} for row in rows]
+    for row in made:
+        if row["shape"] is not None:
+            row["shape"] = " x ".join(map(str, row["shape"]))
+        if row.get("singular_values") is not None:
+            row["singular_values"] = " ".join(map(number, row["singular_values"]))
+    return made
 
 
 def _layer(name: str, tensors: list[TensorSummary]) -> Layer:

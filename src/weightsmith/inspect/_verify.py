@@ -18,7 +18,9 @@ from weightsmith import progress
 from weightsmith.errors import Error, listed
 from weightsmith.inspect._diff import diff
 from weightsmith.inspect._plain import plain
+from weightsmith.inspect._report import Report
 from weightsmith.inspect._statistics import Statistics, statistics_of
+from weightsmith.text import clean
 from weightsmith.weights import Lazy, Weights, dtype_name
 from weightsmith.weights import open as open_weights
 
@@ -81,6 +83,22 @@ class Verified:
             "bytes": self.bytes,
             "findings": self.rows(),
         }
+
+    def report(self) -> Report:
+        """Whether it is sound, with a row a finding."""
+        counts = {severity: sum(one.severity == severity for one in self.findings) for severity in _ORDER}
+        return Report(
+            f"Soundness of {clean(self.path)}",
+            figures={
+                "sound": self.ok,
+                "files": self.files,
+                "tensors": self.tensors,
+                "bytes": self.bytes,
+                **{f"{severity}s": count for severity, count in counts.items()},
+            },
+            table=[{name: clean(str(value)) for name, value in row.items()} for row in self.rows()],
+            notes=[] if self.findings else ["Nothing is wrong with it."],
+        )
 
 
 @dataclass

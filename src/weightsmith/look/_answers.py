@@ -112,7 +112,7 @@ class Answers:
             spec = weights.spec(name)
             kind = dtypes.setdefault(spec.dtype, len(dtypes))
             rows.append([name, kind, spec.shape, place[ties[name]] if name in ties else -1])
-        kinds = [{"name": dtype_name(dtype), "bytes": dtype.itemsize} for dtype in dtypes]
+        kinds = [{"name": dtype_name(t), "bytes": t.itemsize, "countable": is_countable(t)} for t in dtypes]
         return encoded({"dtypes": kinds, "rows": rows})
 
     def _lineage(self, asked: Mapping[str, str]) -> tuple[int, bytes]:
@@ -155,7 +155,7 @@ class Answers:
             return self._job(key, lambda: self._figures(name, node), cost)
         if kind == "picture":
             return self._job(key, lambda: self._picture(node), cost)
-        if not has_spectrum(node.spec):
+        if not (has_spectrum(node.spec) and is_countable(node.spec.dtype)):
             return 200, encoded({"spectrum": None, "why": "only a matrix of floats has singular values"})
         return self._job(key, lambda: self._spectrum(node), _values.spectrum_cost(node.spec))
 
@@ -180,7 +180,10 @@ class Answers:
 
     def _spectrum(self, node: Lazy) -> dict[str, Any]:
         found = _values.singular_values(node)
-        return {"spectrum": found, "why": "" if found else "there are values that are not finite"}
+        return {
+            "spectrum": found,
+            "why": "" if found else "there are values that are not finite, or whose squares are not",
+        }
 
     def _change(self, name: str, pair: tuple[Lazy, Lazy]) -> dict[str, Any]:
         one, other = (Weights({name: node}) for node in pair)

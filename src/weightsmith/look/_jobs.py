@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
+import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Hashable
 from dataclasses import dataclass, field
@@ -24,6 +25,9 @@ MEMORY = 2**31
 
 KEPT = 2**25
 """Bytes of results that are kept for who asks again."""
+
+MOST_KEPT = 10_000
+"""Results, however small (a failure is one)."""
 
 PATIENCE = 120.0
 """Seconds after which a computation that nobody has asked about is called off."""
@@ -207,10 +211,14 @@ class Jobs:
             return
         else:
             job.state, job.error = "failed", error
+            if error is not None:
+                traceback.clear_frames(error.__traceback__)  # they hold what was read
         self._forget(job.key)
         self._over[job.key] = job
         self._held += len(job.result)
-        while self._held > self.kept and len(self._over) > AT_ONCE:  # who waits for the newest must find it
+        while (self._held > self.kept or len(self._over) > MOST_KEPT) and len(
+            self._over
+        ) > AT_ONCE:  # who waits for the newest must find it
             self._forget(next(iter(self._over)))
 
     def _forget(self, key: Hashable) -> None:

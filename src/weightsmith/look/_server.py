@@ -4,10 +4,12 @@ Any page that a browser shows, and any user of the machine, can try to talk to a
 
 - it is bound to 127.0.0.1, and the ``Host`` of a request must say so (a name that resolves to this
   machine is refused);
-- a request needs the token of the address. Opening the address turns it into a cookie that scripts
-  cannot read and that the browser sends from this page alone; programs may send it in the header
-  ``Authorization: Bearer ...``. The browser is started with a ticket instead, good for one use, since
-  other users can see the words that a program is started with;
+- a question needs the token of the address, in the header ``Authorization: Bearer ...``. The page
+  itself (its text, style and script: nothing of a checkpoint) is given to anybody. Its script takes the
+  token from the address and keeps it where the browser keeps the data of one port: a cookie would be
+  sent to whoever listens on another port of this machine. The browser is started with a ticket instead,
+  which is exchanged for the token once, since other users can see the words that a program is started
+  with (one who is faster than the browser gets in, and the page then says that its address is used up);
 - what a browser says comes from elsewhere (``Origin``, ``Sec-Fetch-Site``) is refused;
 - nothing of a request is ever a path: checkpoints, tensors and files have numbers;
 - the page may load only its own script and style, and cannot put text in as markup (its Content
@@ -19,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import hmac
 import json
+import os
 import secrets
 import socket
 import socketserver
@@ -28,7 +31,6 @@ import time
 import traceback
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
-from http.cookies import CookieError, SimpleCookie
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import resources
 from typing import Any
@@ -37,6 +39,7 @@ from urllib.parse import parse_qsl, urlsplit
 from weightsmith.errors import Error
 from weightsmith.look._answers import Answers, Unknown, encoded
 from weightsmith.look._jobs import Busy, Stopped
+from weightsmith.text import clean
 from weightsmith.weights import Weights
 
 HOST = "127.0.0.1"
@@ -54,6 +57,9 @@ SECONDS = 15.0
 """For a request to arrive. An idle connection is closed after as long."""
 
 TICKET_SECONDS = 120.0
+
+PIECE = 2**20
+"""Bytes of an answer that are sent at once."""
 
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; base-uri 'none'; "
@@ -162,6 +168,12 @@ def is_same(one: str, other: str) -> bool:
     return hmac.compare_digest(one.encode("utf-8", "surrogateescape"), other.encode())
 
 
+def _report(error: BaseException) -> None:
+    """Print a mistake of ours; what it quotes of a file must not command the terminal."""
+    lines = "".join(traceback.format_exception(error)).split("\n")
+    print("\n".join(map(clean, lines)), end="", file=sys.stderr)
+
+
 def _static(name: str) -> bytes:
     content = (resources.files("weightsmith.look") / "static" / name).read_bytes()
     if name.endswith(".css"):
@@ -174,6 +186,8 @@ def _static(name: str) -> bytes:
 class _Http(ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False
+    allow_reuse_address = os.name == "posix"  # elsewhere it lets another program take the port as well
+    allow_reuse_port = False
     request_queue_size = 32
 
     def __init__(self, address: tuple[str, int], owner: Server):
@@ -214,8 +228,9 @@ class _Http(ThreadingHTTPServer):
         self.owner.answers.jobs.sweep()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        if not isinstance(sys.exception() if hasattr(sys, "exception") else sys.exc_info()[1], OSError):
-            traceback.print_exc()
+        error = sys.exc_info()[1]
+        if error is not None and not isinstance(error, OSError):
+            _report(error)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -242,16 +257,13 @@ class _Handler(BaseHTTPRequestHandler):
         if self._refused() or not self._empty():
             return
         parts = urlsplit(self.path)
-        asked = self._asked(parts.query)
-        if parts.path == "/" and "token" in asked:
-            self._enter(asked["token"])
-        elif not self._allowed():
-            self._say(403, "Open the address that weightsmith look has printed: it ends with a token.")
-        elif parts.path in self.server.owner.files:
+        if parts.path in self.server.owner.files:
             content, kind = self.server.owner.files[parts.path]
             self._send(200, content, kind)
+        elif not self._allowed():
+            self._say(403, "Open the address that weightsmith look has printed: it ends with a token.")
         elif parts.path.startswith("/api/"):
-            route = parts.path.removeprefix("/api/")
+            route, asked = parts.path.removeprefix("/api/"), self._asked(parts.query)
             self._answer(lambda: self.server.owner.answers.answer(route, asked))
         else:
             self._say(404, "There is no such page.")
@@ -262,9 +274,12 @@ class _Handler(BaseHTTPRequestHandler):
         body = self._body()
         if body is None:
             return
-        if not self._allowed():
+        path = urlsplit(self.path).path
+        if path == "/api/enter":
+            self._enter(body)
+        elif not self._allowed():
             self._say(403, "Not allowed.")
-        elif urlsplit(self.path).path != "/api/cancel":
+        elif path != "/api/cancel":
             self._say(404, "There is nothing to be sent to here.")
         else:
             try:
@@ -295,29 +310,16 @@ class _Handler(BaseHTTPRequestHandler):
         return False
 
     def _allowed(self) -> bool:
-        owner = self.server.owner
         scheme, _, word = self.headers.get("Authorization", "").partition(" ")
-        if scheme.lower() == "bearer" and is_same(word.strip(), owner.token):
-            return True
-        try:
-            cookies = SimpleCookie(self.headers.get("Cookie", ""))
-        except CookieError:
-            return False
-        found = cookies.get(self._cookie)
-        return found is not None and is_same(found.value, owner.token)
+        return scheme.lower() == "bearer" and is_same(word.strip(), self.server.owner.token)
 
-    @property
-    def _cookie(self) -> str:
-        return f"weightsmith-{self.server.owner.port}"  # cookies know hosts, not ports
-
-    def _enter(self, token: str) -> None:
-        """Turn the token of the address into a cookie; the address without it is what stays in the history."""
+    def _enter(self, word: bytes) -> None:
+        """Give the token for itself, or for a ticket that is still good."""
         owner = self.server.owner
-        if not owner.lets_in(token):
-            self._say(403, "This address is not, or no longer, good. Open the one that weightsmith look has printed.")
-            return
-        cookie = f"{self._cookie}={owner.token}; Path=/; HttpOnly; SameSite=Strict"
-        self._send(303, b"", "text/plain; charset=utf-8", {"Location": "/", "Set-Cookie": cookie})
+        if owner.lets_in(word.decode("utf-8", "replace")):
+            self._send(200, encoded({"token": owner.token}), "application/json")
+        else:
+            self._say(403, "This address is not, or no longer, good.")
 
     # What is asked
 
@@ -329,7 +331,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _empty(self) -> bool:
         """Whether there is no body; what has one here is up to something."""
-        if "Transfer-Encoding" in self.headers or self.headers.get("Content-Length", "0") != "0":
+        lengths = self.headers.get_all("Content-Length") or []
+        if "Transfer-Encoding" in self.headers or any(length != "0" for length in lengths):
             return not self._stop(400, "A GET has no body.")
         return True
 
@@ -362,7 +365,7 @@ class _Handler(BaseHTTPRequestHandler):
         except MemoryError:
             status, content = 422, encoded({"error": "there is not enough memory for this"})
         except Exception as error:
-            traceback.print_exception(error)
+            _report(error)
             status, content = 500, encoded({"error": f"{type(error).__name__}; the terminal says more"})
         self._send(status, content, "application/json")
 
@@ -387,7 +390,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("Connection", "close")
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(content)
+            for start in range(0, len(content), PIECE):  # who reads slowly has `SECONDS` for each
+                self.wfile.write(content[start : start + PIECE])
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """What the standard library refuses (a wrong request line, a method that is not there), in our words."""

@@ -86,6 +86,7 @@ def histogram(node: Lazy, found: Statistics) -> dict[str, Any] | None:
     if not low < high:
         low, high = found.min, found.max
     bins = BINS if low < high else 1
+    unit = 1.0 if math.isfinite(high - low) else 0.25  # the largest float64 values lie further apart than it can say
     counts = torch.zeros(bins, dtype=torch.int64)
     signs = torch.zeros(2, 2 * _EXPONENTS, dtype=torch.int64)
     below = above = zeros = 0
@@ -96,8 +97,8 @@ def histogram(node: Lazy, found: Statistics) -> dict[str, Any] | None:
         under, over = x < low, x > high
         below, above = below + int(under.sum()), above + int(over.sum())
         inside = x[~(under | over)]
-        places = ((inside - low) / (high - low) * bins).long().clamp_(0, bins - 1) if bins > 1 else inside.long() * 0
-        counts += torch.bincount(places, minlength=bins)
+        places = (inside * unit - low * unit) / (high * unit - low * unit) * bins if bins > 1 else inside * 0
+        counts += torch.bincount(places.long().clamp_(0, bins - 1), minlength=bins)
         other = x[x != 0]
         zeros += x.numel() - other.numel()
         exponents = other.abs().frexp().exponent.long() + (_EXPONENTS - 1)

@@ -5,6 +5,7 @@ const $ = (id) => document.getElementById(id);
 const SVG = "http://www.w3.org/2000/svg";
 const FAR = 0.05; // seconds between two questions about a computation, at first
 const LARGE = 2 ** 28; // bytes of a tensor that is only read when the reader says so
+const DEEPEST = 64; // levels of the tree; what is deeper is one name
 const BROAD = 768; // shorter side of a matrix whose singular values are computed unasked
 
 // Words and figures
@@ -56,18 +57,50 @@ function bytes(value) {
 const seen = (name) =>
   name.replace(/[\p{Cc}\p{Cf}\p{Cs}\p{Zl}\p{Zp}]/gu, (c) => `\\u{${c.codePointAt(0).toString(16)}}`);
 
+/** The same of a text of several lines. */
+const seenLines = (text) => text.split(/(\r?\n|\t)/).map((part, index) => (index % 2 ? part : seen(part))).join("");
+
+/** No longer than a row or a title can show: its beginning and its end. */
+const cut = (name) => (name.length > 400 ? `${name.slice(0, 250)}…${name.slice(-120)}` : name);
+
 /** A name that may be broken after its dots. */
-const breakable = (name) => name.split(/(?<=\.)/).flatMap((part, index) => (index ? [make("wbr"), part] : [part]));
+const breakable = (name) => cut(name).split(/(?<=\.)/).flatMap((part, index) => (index ? [make("wbr"), part] : [part]));
 
 // Asking the server
 
 class Refused extends Error {}
 
+// The token: the browser keeps it for this port alone, which cannot be said of a cookie.
+const PLACE = "weightsmith-look";
+let token = "";
+
+/** Takes the token, or a ticket for it, out of the address; without one, what was kept. */
+async function enter() {
+  const word = new URLSearchParams(location.search).get("token");
+  try {
+    token = localStorage.getItem(PLACE) || "";
+  } catch {} // a browser that keeps nothing: the token lasts until the page is loaded again
+  if (word === null) return;
+  history.replaceState(null, "", location.pathname + location.hash);
+  const response = await fetch("api/enter", { method: "POST", body: word, credentials: "omit" });
+  if (!response.ok) {
+    if (token) return; // the address was used before, from this browser
+    banner("This address is used up or not good. Open the one that weightsmith look has printed.");
+    throw new Refused("not let in");
+  }
+  token = (await response.json()).token;
+  try {
+    localStorage.setItem(PLACE, token);
+  } catch {}
+}
+
+const bearing = () => ({ headers: { Authorization: `Bearer ${token}` }, credentials: "omit" });
+
 async function asked(path, parameters, signal) {
   const query = new URLSearchParams(parameters);
   let response;
   try {
-    response = await fetch(`api/${path}?${query}`, { signal, credentials: "same-origin" });
+    response = await fetch(`api/${path}?${query}`, { signal, ...bearing() });
   } catch (error) {
     if (error.name !== "AbortError") banner("The server does not answer. Start weightsmith look again.");
     throw error;
@@ -85,7 +118,7 @@ async function asked(path, parameters, signal) {
 function cancel(job) {
   if (!job) return;
   const body = JSON.stringify({ job });
-  fetch("api/cancel", { method: "POST", body, keepalive: true, credentials: "same-origin" }).catch(() => {});
+  fetch("api/cancel", { method: "POST", body, keepalive: true, ...bearing() }).catch(() => {});
 }
 
 const later = (seconds, signal) =>
@@ -129,7 +162,8 @@ async function listOf(index) {
       data.rows.map(([name, kind, shape, tied], number) => {
         const parameters = shape.reduce((a, b) => a * b, 1);
         const dtype = data.dtypes[kind];
-        return { name, number, shape, tied, dtype: dtype.name, parameters, bytes: parameters * dtype.bytes };
+        const size = parameters * dtype.bytes;
+        return { name, number, shape, tied, dtype: dtype.name, countable: dtype.countable, parameters, bytes: size };
       }),
     );
     loading.catch(() => state.lists.delete(index));
@@ -168,11 +202,13 @@ function grown(tensors) {
   for (const tensor of tensors) {
     let node = root;
     const parts = tensor.name.split(".");
+    if (parts.length > DEEPEST) parts.push(parts.splice(DEEPEST - 1).join("."));
     for (const [index, part] of parts.entries()) {
-      const key = index === parts.length - 1 ? `\0${part}` : part; // a tensor and a branch may share a name
+      const mark = index === parts.length - 1 ? "=" : "."; // a tensor and a branch may share a name
+      const key = mark + part;
       if (!node.kids.has(key)) {
         const path = parts.slice(0, index + 1).join(".");
-        node.kids.set(key, { name: part, path, key: index === parts.length - 1 ? `\0${path}` : path, kids: new Map(), tensor: null });
+        node.kids.set(key, { name: part, path, key: mark + path, kids: new Map(), tensor: null });
       }
       node = node.kids.get(key);
     }
@@ -215,21 +251,24 @@ function gather(node = state.root, found = figures()) {
   const own = node.tensor;
   node.known = 0;
   node.sums = [0, 0, 0, 0, 0, 0, 0];
+  node.broken = 0; // values that are not finite
   node.status = "";
   if (own) {
     const row = own.only === "second" ? null : found.get(own.number);
     node.status = own.only ? `only in ${own.only}` : row && comparing() ? row[1] : "";
     if (row) {
       node.known = 1;
-      if (comparing()) node.sums = row.slice(2);
+      if (comparing()) node.sums = row.slice(2).map((sum) => sum ?? Infinity);
       else if (row[1] === null) node.known = 0;
       else node.sums[0] = row[1] * row[1];
+      if (!comparing()) node.broken = row[2];
     }
   }
   for (const kid of node.kids) {
     gather(kid, found);
     node.known += kid.known;
     if (kid.tensor && kid.tensor.tied >= 0) continue; // counted at its first name
+    node.broken += kid.broken;
     for (let i = 0; i < 7; i++) node.sums[i] = i === 4 ? Math.max(node.sums[4], kid.sums[4]) : node.sums[i] + kid.sums[i];
   }
 }
@@ -389,7 +428,7 @@ function rowOf(row, index) {
   const name = make("span", { className: "name" });
   name.style.paddingLeft = `${Math.min(row.depth, 12) * 0.85}rem`;
   const twist = row.open === null ? "" : row.open ? "▾" : "▸";
-  name.append(make("span", { className: "twist", "aria-hidden": "true" }, twist), make("span", { className: "part" }, seen(row.name)));
+  name.append(make("span", { className: "twist", "aria-hidden": "true" }, twist), make("span", { className: "part" }, cut(seen(row.name))));
   if (!tensor) name.append(make("span", { className: "count" }, whole(node.tensors)));
   const value = measure(node);
   const amount = make("span", { className: "figure" });
@@ -403,10 +442,11 @@ function rowOf(row, index) {
     }
     amount.append(make("span", {}, (node.known < node.tensors ? "~ " : "") + figure(value, 3)));
   }
+  if (node.broken) amount.append(make("span", { className: "wrong", title: `${plural(node.broken, "value")} not finite` }, " NaN"));
   const shape = tensor ? `${short(tensor.dtype)} ${tensor.shape.join("×") || "scalar"}` : [...node.dtypes.keys()].map(short).join(", ");
   const element = make(
     "div",
-    { className: "row", role: "treeitem", id: `row-${index}`, title: seen(node.path) },
+    { className: "row", role: "treeitem", id: `row-${index}`, title: cut(seen(node.path)) },
     name,
     make("span", { className: "meta wide" }, shape),
     make("span", { className: "meta" }, tensor && tensor.tied >= 0 ? "tied" : bytes(node.bytes)),
@@ -486,7 +526,7 @@ document.addEventListener("keydown", (event) => {
 function select(node) {
   const words = new URLSearchParams({ of: state.of });
   if (comparing()) words.set("against", state.against);
-  if (node) words.set("at", node.key.replace("\0", "=")); // "=" for a tensor, nothing for a branch
+  if (node) words.set("at", node.key);
   const address = `#${words}`;
   if (location.hash === address) follow();
   else location.hash = address;
@@ -511,8 +551,7 @@ async function follow() {
     if (turn !== turns) return;
     survey(false);
   }
-  const at = words.get("at");
-  const key = at === null ? null : at.startsWith("=") ? `\0${at.slice(1)}` : at;
+  const key = words.get("at");
   const node = key === null ? null : find(state.root, key);
   state.selected = node ? node.key : null;
   document.body.classList.toggle("inside", node !== null);
@@ -644,7 +683,7 @@ function show(node) {
   else branchPage(content, node);
   $("content").replaceChildren(content);
   $("details").scrollTop = 0;
-  document.title = node ? `${seen(node.path)} – weightsmith look` : "weightsmith look";
+  document.title = node ? `${cut(seen(node.path))} – weightsmith look` : "weightsmith look";
 }
 
 function facts(pairs) {
@@ -704,7 +743,7 @@ function overview(content) {
             const part = data.shown < data.bytes ? `, the first ${bytes(data.shown)}` : "";
             note.textContent = `${seen(data.name)}: ${bytes(data.bytes)}${data.is_text ? part : ", no text"}`;
             text.hidden = !data.is_text;
-            text.textContent = data.text;
+            text.textContent = seenLines(data.text);
           })
           .catch((error) => (note.textContent = seen(error.message)));
       list.append(make("li", {}, make("button", { type: "button", className: "linked", onclick: open }, seen(file.name)), ` ${bytes(file.bytes)}`));
@@ -762,7 +801,7 @@ function comparison(node) {
       const table = make("table", {}, make("thead", {}, make("tr", {}, make("th", { scope: "col" }, "most changed"), make("th", { scope: "col" }, "change"))));
       const body = make("tbody");
       for (const leaf of most) {
-        const link = make("button", { type: "button", className: "linked", onclick: () => select(leaf) }, seen(leaf.path));
+        const link = make("button", { type: "button", className: "linked", onclick: () => select(leaf) }, cut(seen(leaf.path)));
         body.append(make("tr", {}, make("td", {}, link), make("td", {}, figure(measure(leaf)))));
       }
       table.append(body);
@@ -795,7 +834,7 @@ function tensorPage(content, node) {
     const list = make("p", { className: "note" }, "The same tensor as ");
     alike.slice(0, 20).forEach((one, index) => {
       if (index) list.append(", ");
-      list.append(make("button", { type: "button", className: "linked", onclick: () => select(find(state.root, `\0${one.name}`)) }, seen(one.name)));
+      list.append(make("button", { type: "button", className: "linked", onclick: () => select(find(state.root, `=${one.name}`)) }, cut(seen(one.name))));
     });
     content.append(list);
   }
@@ -804,7 +843,8 @@ function tensorPage(content, node) {
     return;
   }
   const parts = make("div");
-  const comparable = tensor.other && String(tensor.other.shape) === String(tensor.shape);
+  const other = tensor.other;
+  const comparable = other && String(other.shape) === String(tensor.shape) && other.countable && tensor.countable;
   const sides = {
     a: { of: home, tensor: tensor.number },
     b: tensor.other && { of: state.against, tensor: tensor.other.number },
@@ -875,7 +915,7 @@ function values(parts, parameters, tensor, isChange) {
   panel(parts, isChange ? "Figures of the change" : "Figures", { ...parameters, kind: "figures" }, small, (body, data) => {
     figuresPart(body, data, tensor);
   }, large);
-  if (tensor.shape.length > 1 && /float/.test(tensor.dtype)) {
+  if (tensor.shape.length > 1 && tensor.countable && /float/.test(tensor.dtype)) {
     const lower = Math.min(tensor.shape[0], tensor.parameters / tensor.shape[0]);
     panel(parts, "Singular values", { ...parameters, kind: "spectrum" }, small && lower <= BROAD, spectrumPart,
       `Takes about ${whole(lower)}³ steps, and cannot be stopped half way.`);
@@ -960,11 +1000,16 @@ function frame(label) {
 /** Places on an axis from `low` to `high`, in round steps. */
 function ticks(low, high, most) {
   if (!(high > low)) return [low];
+  if (!Number.isFinite(high - low)) return [low, high];
   const rough = (high - low) / most;
   const power = 10 ** Math.floor(Math.log10(rough));
   const step = [1, 2, 5, 10].map((factor) => factor * power).find((one) => one >= rough) || 10 * power;
   const places = [];
-  for (let k = Math.ceil(low / step - 1e-9); k * step <= high + step * 1e-9; k++) places.push(k * step);
+  const first = Math.ceil(low / step - 1e-9);
+  for (let index = 0; index <= 2 * most; index++) {
+    const place = (first + index) * step; // the same again where the axis is shorter than numbers resolve
+    if (place <= high + step * 1e-9 && place !== places[places.length - 1]) places.push(place);
+  }
   return places;
 }
 
@@ -1014,7 +1059,7 @@ function histogram(found, axis, scale) {
   const step = (AREA.width - AREA.left - AREA.right) / Math.max(count, 1);
   const peak = tops.indexOf(most);
   const where = isValues
-    ? `about ${figure(found.low + ((peak + 0.5) / count) * (found.high - found.low), 3)}`
+    ? `about ${figure(found.low * (1 - (peak + 0.5) / count) + found.high * ((peak + 0.5) / count), 3)}`
     : `from 2^${found.first + peak} to 2^${found.first + peak + 1}`;
   const svg = frame(`Histogram of ${axis}: ${count} steps, most values (${whole(most)}) ${where}.`);
   upward(svg, scale === "log" ? powers(1, Math.max(most, 1), 4) : ticks(0, most, 4), up);
@@ -1033,8 +1078,10 @@ function histogram(found, axis, scale) {
   }
   const notes = [];
   if (isValues) {
-    const span = found.high - found.low;
-    const at = (value) => (span > 0 ? AREA.left + ((value - found.low) / span) * step * count : AREA.left + (step * count) / 2);
+    const unit = Number.isFinite(found.high - found.low) ? 1 : 0.25; // the largest values lie too far apart to say
+    const span = found.high * unit - found.low * unit;
+    const at = (value) =>
+      AREA.left + (span > 0 ? (value * unit - found.low * unit) / span : 0.5) * step * count;
     across(svg, ticks(found.low, found.high, AREA.width / 90), at);
     title(svg, "value");
     if (found.below) notes.push(`${plural(found.below, "value")} further below`);
@@ -1097,7 +1144,7 @@ function spectrumPlot(found, scale) {
     `Singular values: the largest ${figure(found.values[0])}, the least ${figure(found.values[found.values.length - 1])}, effective rank ${figure(found.effective_rank)} of ${found.full_rank}.`,
   );
   upward(svg, scale === "log" ? powers(low, most, 5) : ticks(0, most, 4), up);
-  across(svg, ticks(1, last, AREA.width / 80).map(Math.round).map((place) => Math.max(place, 1)), at, whole);
+  across(svg, ticks(1, last, AREA.width / 80).map(Math.round).filter((place, index, all) => place >= 1 && place !== all[index - 1]), at, whole);
   title(svg, "place");
   const points = found.places.map((place, index) => `${at(place).toFixed(1)},${up(found.values[index]).toFixed(1)}`);
   svg.append(drawn("polyline", { class: "line", points: points.join(" ") }));
@@ -1201,6 +1248,10 @@ $("survey").addEventListener("click", () => {
     meter(state.survey);
   } else survey(true);
 });
+document.querySelector(".skip").addEventListener("click", (event) => {
+  event.preventDefault(); // the address says where we are, and would say so no more
+  $("details").focus();
+});
 $("back").addEventListener("click", () => {
   select(null);
   tree.box.focus();
@@ -1216,6 +1267,7 @@ function failed(error) {
 }
 
 async function begin() {
+  await enter();
   const [, data] = await asked("checkpoints", {});
   state.checkpoints = data.checkpoints;
   if (!location.hash && state.checkpoints.length === 2) history.replaceState(null, "", "#of=0&against=1");
