@@ -104,9 +104,10 @@ def method_page(method: Method, catalogue: Catalogue, evidence: dict[str, Eviden
 
 def public_words(method: Method) -> str:
     """The docstring for a caller: without what the room hands to its kernels, and told that it is lifted."""
-    names = "|".join(INTERNAL)
+    names = "|".join(name for name in INTERNAL if name not in {p.name for p in method.public})
     internal = rf"^    (?:{names}): .*\n(?:(?: {{8}}.*)?\n)*?(?=    \S|\S|\n)"
-    text = re.sub(internal, "", method.docstring + "\n", flags=re.MULTILINE)
+    text = method.docstring + "\n"
+    text = re.sub(internal, "", text, flags=re.MULTILINE) if names else text
     if method.public == method.parameters:
         return text
     first, _, rest = text.partition("\n\n")
