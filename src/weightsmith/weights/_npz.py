@@ -132,7 +132,7 @@ def _header(where: str, head: bytes) -> tuple[Spec, bool, int]:
     stream = io.BytesIO(head)
     try:
         version = npy.read_magic(stream)
-        parse = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}[version]
+        parse: Any = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}[version]
         shape, fortran, dtype = parse(stream, max_header_size=LARGEST_HEADER)
     # A header is a Python literal, and there is no list of what parsing a broken one can raise.
     except Exception as error:

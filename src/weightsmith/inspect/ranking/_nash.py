@@ -29,7 +29,7 @@ def _flattest_best(payoffs: numpy.ndarray) -> tuple[numpy.ndarray, float]:
     rows, columns = payoffs.shape
     at_most = (numpy.hstack([-payoffs.T, numpy.ones((columns, 1))]), numpy.zeros(columns))
     total = (numpy.array([[1.0] * rows + [0.0]]), numpy.ones(1))
-    bounds: list[tuple[float | None, float | None]] = [(0, None)] * rows + [(None, None)]
+    bounds: list[tuple[float | None, float | None]] = [*((0.0, None) for _ in range(rows)), (None, None)]
     _, cost = linear_program([0.0] * rows + [-1.0], at_most=at_most, equal=total, bounds=bounds, purpose="nash_average")
     slack = _SLACK * max(float(numpy.abs(payoffs).max()), 1e-12)
     return max_entropy(-payoffs.T, numpy.full(columns, cost + slack), "nash_average"), -cost

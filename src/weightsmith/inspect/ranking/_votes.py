@@ -287,7 +287,7 @@ def winning_weights(
     # The widest margin: over (w, m), most m with lead w >= m.
     at_most = (numpy.hstack([-lead, numpy.ones((others, 1))]), numpy.zeros(others))
     total = (numpy.array([[1.0] * count + [0.0]]), numpy.ones(1))
-    bounds: list[tuple[float | None, float | None]] = [(0, None)] * count + [(None, None)]
+    bounds: list[tuple[float | None, float | None]] = [*((0.0, None) for _ in range(count)), (None, None)]
     point, cost = linear_program([0.0] * count + [-1.0], at_most=at_most, equal=total, bounds=bounds,
                                  purpose="winning_weights")  # fmt: skip
     margin = -cost
