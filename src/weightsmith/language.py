@@ -30,10 +30,10 @@ _NOT_CARRIED = ("README", "LICENSE", "NOTICE")
 
 def carried(weights: Weights) -> dict[str, bytes]:
     """Config and tokenizer, by name."""
-    from weightsmith.weights._files import read_bytes
+    from weightsmith.weights._files import content_of
 
     files = {
-        name: data if isinstance(data, bytes) else read_bytes(data, 0, data.size)
+        name: content_of(data)
         for name, data in weights.files.items()
         if "/" not in name and name.endswith(_CARRIED) and not name.startswith(_NOT_CARRIED)
     }

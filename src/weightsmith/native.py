@@ -11,7 +11,6 @@ import ctypes
 import functools
 import os
 import sys
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,9 +24,6 @@ VERSION = 1
 LIBRARY = Path(__file__).with_name("_native.dll" if sys.platform == "win32" else "_native.so")
 
 _VOTES = {"weighted": 0, "count": 1, "plain": 2}
-_KEPT = 2**23
-"""Bytes up to which a buffer is kept by its thread."""
-
 _SPARE = 16
 """Values that `inside` may write beyond its last."""
 
@@ -63,22 +59,6 @@ def _plain(tensor: Tensor) -> bool:
     return tensor.is_cpu and tensor.itemsize == 4 and tensor.is_contiguous()
 
 
-_own = threading.local()
-
-
-def _room(rows: int, columns: int) -> Tensor:
-    """Uninitialised int32 that nobody keeps. A large buffer made anew for every chunk would be freed between small ones
-    that are kept, and leave holes: twice the memory in the end."""
-    import torch
-
-    kept = getattr(_own, "room", None)
-    if kept is None or kept.numel() < rows * columns:
-        kept = torch.empty(rows * columns, dtype=torch.int32)
-        if kept.nbytes <= _KEPT:
-            _own.room = kept
-    return kept[: rows * columns].view(rows, columns)
-
-
 def inside(key: Tensor, lower: int, upper: int) -> tuple[Tensor, Tensor, int] | None:
     """Of keys ``[n]`` int32: the places of those in ``[lower, upper)`` int32, they themselves, how many lie above.
 
@@ -86,11 +66,14 @@ def inside(key: Tensor, lower: int, upper: int) -> tuple[Tensor, Tensor, int] | 
     """
     import torch
 
+    from weightsmith.weights import workspace
+
     library = _library()
     if library is None or key.dtype != torch.int32 or not _plain(key):
         return None
     numel = key.numel()
-    places, found = _room(2, numel + _SPARE)
+    # From a workspace: large buffers made anew would be freed between the small ones that are kept, and leave holes.
+    places, found = workspace((2, numel + _SPARE), torch.int32, key.device)
     above = ctypes.c_int64()
     none_above = upper > torch.iinfo(torch.int32).max
     top = torch.iinfo(torch.int32).max if none_above else upper

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from weightsmith.errors import Error
-from weightsmith.merge._parts import at_least, combined, delta_gram, mean_pairwise_cosine, shares, wide, workspace
+from weightsmith.merge._parts import at_least, combined, delta_gram, mean_pairwise_cosine, shares, wide
+from weightsmith.weights import workspace
 
 
 def test_at_least():

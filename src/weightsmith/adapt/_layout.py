@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from weightsmith.weights import Weights
-from weightsmith.weights._files import read_bytes
+from weightsmith.weights._files import content_of
 
 _EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|tok_embeddings|shared)\.weight$")
 _HEAD = "lm_head.weight"
@@ -42,7 +42,7 @@ def _config(base: Weights) -> dict[str, Any]:
     if file is None:
         return {}
     try:
-        config = json.loads(file if isinstance(file, bytes) else read_bytes(file, 0, file.size))
+        config = json.loads(content_of(file))
     except (ValueError, RecursionError):
         return {}
     return config if isinstance(config, dict) else {}

@@ -8,7 +8,8 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from weightsmith.errors import Error, listed
 from weightsmith.inspect._plain import layer_of
@@ -127,6 +128,17 @@ def mean_of(numbers: Sequence[float | None]) -> float | None:
     """Their mean without what is missing; None where all are."""
     found = values_of(*numbers)
     return sum(found) / len(found) if found else None
+
+
+def ranked(values: Tensor) -> Tensor:
+    """Ranks along the last axis, equals sharing the mean of theirs.
+
+    >>> ranked(torch.tensor([[3.0, 1.0, 3.0]]))
+    tensor([[2.5000, 1.0000, 2.5000]], dtype=torch.float64)
+    """
+    ordered, values = values.sort(dim=-1).values.contiguous(), values.contiguous()
+    below, upto = (torch.searchsorted(ordered, values, right=right) for right in (False, True))
+    return (below + upto + 1).double() / 2
 
 
 def median_of(numbers: Sequence[float | None]) -> float | None:

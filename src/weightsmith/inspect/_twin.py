@@ -58,9 +58,9 @@ def digest(weights: Weights, *settings: Any) -> str:
 
 
 def _content(value: Any) -> str:
-    from weightsmith.weights._files import read_bytes
+    from weightsmith.weights._files import content_of
 
-    data = value if isinstance(value, bytes) else read_bytes(value, 0, value.size)
+    data = content_of(value)
     return hashlib.blake2b(data, digest_size=12).hexdigest()
 
 

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from weightsmith import native
 from weightsmith.errors import Error
-from weightsmith.merge._parts import workspace
 from weightsmith.merge._trim import Dialect, Numbers, Trim, Trimming, fractions, known, scaled
+from weightsmith.weights import workspace
 
 _PIECE = 2**14
 """Numbers of 64 bits that are drawn at once."""

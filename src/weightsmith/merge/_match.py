@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from weightsmith.errors import Error, listed
 from weightsmith.weights import Lazy, Pattern, Weights, dtype_name, same_names
-from weightsmith.weights._files import Bytes, read_bytes
+from weightsmith.weights._files import Bytes, content_of
 
 Rest = Literal["error", "base", "first", "drop"]
 """What becomes of tensors that not all have in one shape."""
@@ -183,7 +183,7 @@ def _config(files: Mapping[str, bytes | Bytes]) -> dict[str, Any] | None:
     if raw is None:
         return None
     try:
-        found = json.loads(raw if isinstance(raw, bytes) else read_bytes(raw, 0, raw.size))
+        found = json.loads(content_of(raw))
     except ValueError:
         return None
     return found if isinstance(found, dict) else None

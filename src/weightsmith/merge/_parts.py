@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Sequence
 
 import torch
@@ -23,27 +22,6 @@ def wide(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in one dtype that is wide enough to compute in: float32, or float64 if one of them is."""
     dtype = promote(*(working_dtype(tensor.dtype) for tensor in tensors))
     return tuple(tensor.to(dtype) for tensor in tensors)
-
-
-_own = threading.local()
-
-_KEPT = 2**23
-"""Bytes up to which a workspace is kept: chunks are smaller, whole tensors may be larger."""
-
-
-def workspace(shape: Sequence[int], dtype: torch.dtype, device: torch.device, place: str = "") -> Tensor:
-    """An uninitialised tensor that nobody keeps: this thread's next one of the dtype and ``place`` is in its place.
-
-    Fresh memory for every chunk costs more, in page faults, than the arithmetic on it.
-    """
-    size = math.prod(shape)
-    if device.type != "cpu" or size * dtype.itemsize > _KEPT:
-        return torch.empty(tuple(shape), dtype=dtype, device=device)
-    kept: dict[tuple[str, torch.dtype], Tensor] = _own.__dict__.setdefault("buffers", {})
-    key = (place, dtype)
-    if key not in kept or kept[key].numel() < size:
-        kept[key] = torch.empty(size, dtype=dtype)
-    return kept[key][:size].view(tuple(shape))
 
 
 def shares(weight: float | Sequence[float] | None, count: int, normalize: bool) -> list[float]:

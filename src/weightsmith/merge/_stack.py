@@ -19,7 +19,7 @@ from weightsmith.errors import Error, did_you_mean, listed
 from weightsmith.merge._match import EMBEDDINGS, HEADS, with_config, with_ties
 from weightsmith.merge.room import Source
 from weightsmith.weights import Lazy, Step, Weights, matches, open
-from weightsmith.weights._files import Bytes, read_bytes
+from weightsmith.weights._files import Bytes, content_of
 
 CONFIG = "config.json"
 
@@ -219,7 +219,7 @@ def config_of(files: Mapping[str, bytes | Bytes]) -> dict[str, Any] | None:
     if raw is None:
         return None
     try:
-        found = json.loads(raw if isinstance(raw, bytes) else read_bytes(raw, 0, raw.size))
+        found = json.loads(content_of(raw))
     except (ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from weightsmith import native
 from weightsmith.errors import Error
-from weightsmith.merge._parts import shares, wide, workspace
+from weightsmith.merge._parts import shares, wide
 from weightsmith.solve import NOTHING, Cut, cuts_at, shrink
-from weightsmith.weights import Pass, in_memory
+from weightsmith.weights import Pass, in_memory, workspace
 
 Numbers = float | Sequence[float]
 """One number a model, or one for all."""

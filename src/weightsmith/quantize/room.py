@@ -19,7 +19,7 @@ from weightsmith.lifting import dressed, example, per_tensor_options, tried
 from weightsmith.prune import prunable
 from weightsmith.quantize._parts import check_bits, check_group, decode, pack, packed_width, unpack
 from weightsmith.weights import Held, Inputs, Lazy, Output, Pattern, Spec, Step, Weights, Work, as_dtype, open
-from weightsmith.weights._files import Bytes, read_bytes
+from weightsmith.weights._files import Bytes, content_of
 
 Source = str | os.PathLike[str] | Mapping[str, Any] | nn.Module
 Codes = tuple[Tensor, Tensor]
@@ -170,7 +170,7 @@ def _config(weights: Weights) -> dict[str, Any] | None:
     if config is None:
         return None
     try:
-        parsed = json.loads(config if isinstance(config, bytes) else read_bytes(config, 0, config.size))
+        parsed = json.loads(content_of(config))
     except (ValueError, RecursionError):
         return None
     return parsed if isinstance(parsed, dict) else None

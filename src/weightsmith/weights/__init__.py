@@ -29,6 +29,7 @@ from weightsmith.weights._save import Saved
 from weightsmith.weights._select import Pattern, PerTensor, by_depth, depth_of, matches, resolve, varies
 from weightsmith.weights._spec import Spec, as_dtype, dtype_name, promote, working, working_dtype
 from weightsmith.weights._weights import Loaded, MissingTensor, Weights, same_names
+from weightsmith.weights._workspace import workspace
 
 __all__ = [
     "CHUNK",
@@ -70,4 +71,5 @@ __all__ = [
     "varies",
     "working",
     "working_dtype",
+    "workspace",
 ]

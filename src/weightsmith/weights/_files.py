@@ -121,6 +121,11 @@ def read_bytes(file: Bytes, offset: int, nbytes: int) -> bytes:
     return bytes(buffer)
 
 
+def content_of(carried: bytes | Bytes) -> bytes:
+    """A file that travels beside the tensors, whole."""
+    return carried if isinstance(carried, bytes) else read_bytes(carried, 0, carried.size)
+
+
 def check_json(raw: bytes, where: str) -> None:
     """Refuse JSON that would need many times its size in memory, before it is parsed.
 

@@ -23,7 +23,7 @@ from weightsmith._version import __version__
 from weightsmith.errors import Error, OutputError, did_you_mean
 from weightsmith.weights import _lineage, _safetensors
 from weightsmith.weights._execute import Call, Job, as_bytes, default_threads, run, solving, working_set
-from weightsmith.weights._files import Bytes, LocalFile, is_remote, read_bytes
+from weightsmith.weights._files import Bytes, LocalFile, content_of, is_remote, read_bytes
 from weightsmith.weights._layout import Layout
 from weightsmith.weights._lazy import CHUNK, UNIT, Lazy, Output, Reduction, Scratch, as_buffer, convert, naming
 from weightsmith.weights._open import NOT_MODELS, SUFFIXES, input_files
@@ -326,7 +326,7 @@ def _recovered(weights: Weights) -> dict[str, bytes]:
 
 
 def _with_dtype(config: bytes | Bytes, weights: Weights) -> bytes | Bytes:
-    raw = config if isinstance(config, bytes) else read_bytes(config, 0, config.size)
+    raw = content_of(config)
     dtypes = {weights.spec(name).dtype for name in weights.names(floating=True)}
     try:
         parsed = json.loads(raw)

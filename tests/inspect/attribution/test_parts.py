@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from weightsmith.errors import Error
+from weightsmith.inspect._parts import ranked
 from weightsmith.inspect.attribution import Attribution
 from weightsmith.inspect.attribution._parts import (
     chosen,
@@ -16,7 +17,6 @@ from weightsmith.inspect.attribution._parts import (
     like,
     one_each,
     quadrature,
-    ranked,
     slope_at,
 )
 

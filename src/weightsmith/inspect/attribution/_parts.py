@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from weightsmith.errors import Error, did_you_mean
+from weightsmith.inspect._models import untouched
 from weightsmith.inspect._report import Line, Plot, Report
-from weightsmith.stats.room import restored
 
 Target = int | tuple[int, ...] | Tensor | Callable[[Tensor], Tensor] | None
 """Which output is meant: one class for all, a place in outputs of more axes, a class for each example ``[n]``,
@@ -132,15 +132,10 @@ def slope_at(found: Tensor, at: Tensor, what: str = "the inputs") -> Tensor:
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, and no gradients for parameters; afterwards all is as it was."""
-    wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    with restored(model):
-        for parameter, _ in wanted:
+    with untouched(model):
+        for parameter in model.parameters():
             parameter.requires_grad_(False)
-        try:
-            yield
-        finally:
-            for parameter, was in wanted:
-                parameter.requires_grad_(was)
+        yield
 
 
 def layer_of(model: nn.Module, name: str) -> nn.Module:
@@ -165,17 +160,6 @@ def like(inputs: Tensor, given: Tensor | float, what: str) -> Tensor:
     if given.shape[1:] == inputs.shape[1:]:
         return given[:, None].expand(-1, *inputs.shape)
     raise Error(f"{what} {list(given.shape)} do not fit inputs {list(inputs.shape)}")
-
-
-def ranked(values: Tensor) -> Tensor:
-    """Ranks along the last axis, equals sharing the mean of theirs.
-
-    >>> ranked(torch.tensor([[3.0, 1.0, 3.0]]))
-    tensor([[2.5000, 1.0000, 2.5000]], dtype=torch.float64)
-    """
-    ordered, values = values.sort(dim=-1).values.contiguous(), values.contiguous()
-    below, upto = (torch.searchsorted(ordered, values, right=right) for right in (False, True))
-    return (below + upto + 1).double() / 2
 
 
 def correlation(first: Tensor, second: Tensor) -> Tensor:

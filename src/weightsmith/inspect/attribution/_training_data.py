@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from weightsmith.card import card
 from weightsmith.errors import Error
+from weightsmith.inspect._parts import ranked
 from weightsmith.inspect._report import Line, Plot, Report
-from weightsmith.inspect.attribution._parts import correlation, interval_of_mean, ranked
+from weightsmith.inspect.attribution._parts import correlation, interval_of_mean
 from weightsmith.stats import example_gradients, fitted
 from weightsmith.stats.room import Batch, Loss, default_forward, restored
 from weightsmith.weights import Pattern, working

@@ -19,8 +19,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from weightsmith import progress, solve
 from weightsmith.card import card
 from weightsmith.errors import Error
+from weightsmith.inspect._models import parameters_of
 from weightsmith.inspect._report import Line, Plot, Report
-from weightsmith.inspect.landscape._parts import Batches, Loss, Objective, borrowed, moving
+from weightsmith.inspect.landscape._parts import Batches, Loss, Objective, borrowed
 from weightsmith.weights import Pattern, Weights, working_dtype
 
 Matrix = Literal["hessian", "gauss_newton"]
@@ -151,7 +152,7 @@ def curvature_of(
     objective = Objective.of(loss, batches)
     # Attention's fast kernels have no second derivative.
     with borrowed(model), sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
-        chosen = moving(model, pattern)
+        chosen = parameters_of(model, pattern)
         for name, parameter in model.named_parameters():
             if parameter.is_floating_point():
                 parameter.requires_grad_(name in chosen)

@@ -18,9 +18,10 @@ from torch.nn import functional
 from weightsmith import progress, solve
 from weightsmith.card import card
 from weightsmith.errors import Error
+from weightsmith.inspect._models import parameters_of
 from weightsmith.inspect._report import Line, Plot, Report
 from weightsmith.inspect.landscape._curvature import curvature_of
-from weightsmith.inspect.landscape._parts import Loss, Source, moving, walking
+from weightsmith.inspect.landscape._parts import Loss, Source, walking
 from weightsmith.stats import room
 from weightsmith.weights import Pattern, Weights, open, working
 
@@ -142,7 +143,7 @@ def _steps(
     generator: torch.Generator,
 ) -> Iterator[Weights]:
     """Places on a sphere around the model, as directions."""
-    parameters = moving(model, pattern)
+    parameters = parameters_of(model, pattern)
     if directions is not None and not len(directions):
         raise Error("directions= is at least one direction, or None for all of the weights")
     spanned = [open(direction).select(floating=True) for direction in directions or ()]

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from weightsmith import progress
 from weightsmith.card import card
 from weightsmith.errors import Error
+from weightsmith.inspect._models import parameters_of
 from weightsmith.inspect._report import Line, Plot, Report
-from weightsmith.inspect.landscape._parts import Batches, Loss, Objective, Source, deviations, moving, walking
+from weightsmith.inspect.landscape._parts import Batches, Loss, Objective, Source, deviations, walking
 from weightsmith.stats import room
 from weightsmith.weights import Pattern, PerTensor, Weights, working
 
@@ -101,7 +102,7 @@ def langevin(
         raise Error(f"rate is above 0, temperature and decay at least 0; got {rate}, {temperature}, {decay}")
     if steps < burn + samples:
         raise Error(f"{samples} samples after {burn} steps need at least {burn + samples} steps, got {steps}")
-    parameters = moving(model, pattern)
+    parameters = parameters_of(model, pattern)
     spreads = deviations(prior, parameters)
     objective = Objective.of(loss, batches)
     keep = {burn + round((i + 1) * (steps - burn) / samples) for i in range(samples)}

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from weightsmith.errors import Error, did_you_mean, listed
+from weightsmith.inspect._models import untouched
 from weightsmith.stats import room
-from weightsmith.weights import Pattern, PerTensor, Weights, matches, open, resolve, working_dtype
+from weightsmith.weights import PerTensor, Weights, open, resolve, working_dtype
 
 Loss = Callable[..., Any]
 """``(model)`` or, with batches, ``(model, batch)`` to a number (a mean over the batch's examples), or to several
@@ -108,22 +109,8 @@ class Objective:
 def borrowed(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     """Evaluation mode, and the model's tensors to be written to; afterwards all is as it was, also the random state."""
     own = {name: value for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
-    devices = sorted({tensor.device.index or 0 for tensor in own.values() if tensor.device.type == "cuda"})
-    needing = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    with room.restored(model), torch.random.fork_rng(devices=devices):
-        try:
-            yield own
-        finally:
-            for parameter, needed in needing:
-                parameter.requires_grad_(needed)
-
-
-def moving(model: nn.Module, pattern: Pattern) -> dict[str, nn.Parameter]:
-    """The floating parameters whose names fit; an error if there is none."""
-    floating = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
-    chosen = {name: p for name, p in floating.items() if matches(pattern, name)}
-    room.chosen_names(floating, list(chosen), pattern)
-    return chosen
+    with untouched(model):
+        yield own
 
 
 def deviations(prior: PerTensor[float], parameters: Mapping[str, nn.Parameter]) -> dict[str, float]:

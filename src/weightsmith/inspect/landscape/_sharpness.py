@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from weightsmith.card import card
 from weightsmith.errors import Error, did_you_mean
+from weightsmith.inspect._models import parameters_of
 from weightsmith.inspect._report import Report
 from weightsmith.inspect.landscape._curvature import curvature_of
-from weightsmith.inspect.landscape._parts import Batches, Loss, Objective, borrowed, moving, walking
+from weightsmith.inspect.landscape._parts import Batches, Loss, Objective, borrowed, walking
 from weightsmith.weights import Pattern, Weights, working
 
 
@@ -65,7 +66,7 @@ def sharpness(
     if not (math.isfinite(radius) and radius > 0) or ascents < 1:
         raise Error(f"radius is above 0 and ascents at least 1, got {radius} and {ascents}")
     objective = Objective.of(loss, batches)
-    parameters = moving(model, pattern)
+    parameters = parameters_of(model, pattern)
     length = math.nan
     with walking(model, Weights.of({n: p.detach().clone() for n, p in parameters.items()}), []):
         before = objective.scalar(model)

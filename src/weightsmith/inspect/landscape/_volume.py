@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from weightsmith import progress
 from weightsmith.card import card
 from weightsmith.errors import Error
+from weightsmith.inspect._models import parameters_of
 from weightsmith.inspect._report import Line, Plot, Report
-from weightsmith.inspect.landscape._parts import Batches, Loss, Objective, deviations, moving, walking
+from weightsmith.inspect.landscape._parts import Batches, Loss, Objective, deviations, walking
 from weightsmith.weights import Pattern, PerTensor, Weights, working_dtype
 
 NODES = 96
@@ -90,7 +91,7 @@ def local_log_volume(
     for name, value in (("eps", eps), ("rays", rays), ("precision", precision)):
         if not (math.isfinite(value) and value > 0):
             raise Error(f"{name} is above 0, got {value}")
-    parameters = moving(model, pattern)
+    parameters = parameters_of(model, pattern)
     spreads = deviations(prior, parameters)
     scales = _scales(parameters, shape, spreads)
     size = sum(p.numel() for p in parameters.values())

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from weightsmith.card import card
 from weightsmith.errors import Error
+from weightsmith.inspect._models import untouched
 from weightsmith.inspect._report import Line, Plot, Report
 from weightsmith.inspect.theory._criticality import depth_theory
 from weightsmith.inspect.theory._parts import Activation, function_of
-from weightsmith.stats.room import Batch, Forward, default_forward, restored
+from weightsmith.stats.room import Batch, Forward, default_forward
 
 _AT_ONCE = 1 << 23  # weights of one layer in all networks that are drawn together: 32 MiB a layer
 
@@ -193,13 +194,12 @@ def depth_probe(model: nn.Module, batch: Batch, *, forward: Forward | None = Non
         seen.append((name, module, made))
         return made.clone()  # what follows may write into it
 
-    devices = sorted({one.device.index or 0 for one in model.parameters() if one.device.type == "cuda"})
     hooks = [
         module.register_forward_hook(lambda module, given, made, name=name: keep(name, module, made))
         for name, module in watched
     ]
     try:
-        with restored(model), torch.enable_grad(), torch.random.fork_rng(devices=devices):
+        with untouched(model), torch.enable_grad():
             outputs = (forward or default_forward)(model, batch)
             total = outputs.float().square().sum() / 2
             if not seen or not total.requires_grad:

@@ -18,9 +18,10 @@ from torch.func import functional_call, grad, jacrev, vmap
 
 from weightsmith.card import card
 from weightsmith.errors import Error, did_you_mean
+from weightsmith.inspect._models import untouched
 from weightsmith.inspect._report import Line, Plot, Report
 from weightsmith.inspect._spectra import effective_rank
-from weightsmith.inspect.training._parts import at_least, cosine, untouched
+from weightsmith.inspect.training._parts import at_least, cosine
 from weightsmith.weights import working
 
 Contrast = Literal["simple", "nce"]

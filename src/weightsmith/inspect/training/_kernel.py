@@ -19,11 +19,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from weightsmith import progress
 from weightsmith.card import card
 from weightsmith.errors import Error
+from weightsmith.inspect._models import parameters_of, untouched
 from weightsmith.inspect._parts import Source
 from weightsmith.inspect._plain import layer_of
 from weightsmith.inspect._report import Line, Plot, Report
 from weightsmith.inspect._spectra import effective_rank
-from weightsmith.inspect.training._parts import at_least, parameters_of, untouched
+from weightsmith.inspect.training._parts import at_least
 from weightsmith.stats import fitted, project
 from weightsmith.stats.room import default_forward
 from weightsmith.weights import Pattern, working

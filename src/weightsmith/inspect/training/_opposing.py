@@ -18,8 +18,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from weightsmith.card import card
 from weightsmith.errors import Error
+from weightsmith.inspect._models import parameters_of, untouched
 from weightsmith.inspect._report import Line, Plot, Report
-from weightsmith.inspect.training._parts import cosine, middle, parameters_of, untouched
+from weightsmith.inspect.training._parts import cosine, middle
 from weightsmith.solve import hessian_product
 from weightsmith.stats import Batch, Loss
 from weightsmith.stats.room import default_forward, default_loss, mapped, size

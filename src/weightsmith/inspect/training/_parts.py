@@ -1,45 +1,13 @@
-"""What functions of this room share: a model that is left as it was, its parameters by name, and ranks in order."""
+"""What functions of this room share: cosines, ranks, and checks of options."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from weightsmith.errors import Error, did_you_mean, listed
-from weightsmith.inspect._parts import mean_of
-from weightsmith.stats.room import restored
-from weightsmith.weights import Pattern, matches
-
-
-@contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; afterwards modes, buffers, ``requires_grad`` and the random state are what they were."""
-    needing = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    devices = sorted({p.device.index or 0 for p, _ in needing if p.device.type == "cuda"})
-    with restored(model), torch.random.fork_rng(devices=devices):
-        try:
-            yield
-        finally:
-            for parameter, needed in needing:
-                parameter.requires_grad_(needed)
-
-
-def parameters_of(model: nn.Module, pattern: Pattern) -> dict[str, nn.Parameter]:
-    """The float parameters whose names fit, tied ones once.
-
-    Raises:
-        Error: there is none.
-    """
-    floating = {name: value for name, value in model.named_parameters() if value.is_floating_point()}
-    chosen = {name: value for name, value in floating.items() if matches(pattern, name)}
-    if not chosen:
-        raise Error(
-            f"no float parameter fits {pattern!r}{did_you_mean(str(pattern), floating)}; there are {listed(floating)}"
-        )
-    return chosen
+from weightsmith.errors import Error
+from weightsmith.inspect._parts import mean_of, ranked
 
 
 def cosine(first: Tensor, second: Tensor) -> float:
@@ -55,9 +23,7 @@ def ranks(values: Tensor) -> Tensor:
     >>> ranks(torch.tensor([5.0, 1.0, 5.0])).tolist()
     [1.5, 0.0, 1.5]
     """
-    _, inverse, counts = values.unique(return_inverse=True, return_counts=True)
-    last = counts.cumsum(0).double()
-    return (last - (counts.double() + 1) / 2)[inverse]
+    return ranked(values) - 1
 
 
 def rank_correlation(first: Tensor, second: Tensor) -> float:

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from weightsmith.card import card
 from weightsmith.errors import Error, listed
+from weightsmith.inspect._models import parameters_of
 from weightsmith.inspect._parts import Source, by_kind, grid, named
 from weightsmith.inspect._report import Line, Plot, Report
-from weightsmith.inspect.training._parts import middle, parameters_of
+from weightsmith.inspect.training._parts import middle
 from weightsmith.weights import Pattern, open, same_names, working
 
 

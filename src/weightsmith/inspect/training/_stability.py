@@ -20,8 +20,8 @@ from torch.overrides import TorchFunctionMode
 from weightsmith import progress
 from weightsmith.card import card
 from weightsmith.errors import Error
+from weightsmith.inspect._models import parameters_of
 from weightsmith.inspect._report import Line, Plot, Report
-from weightsmith.inspect.training._parts import parameters_of
 from weightsmith.weights import Pattern, working
 
 LIMIT = 1e4

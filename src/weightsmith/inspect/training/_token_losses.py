@@ -16,8 +16,9 @@ from torch.nn import functional
 
 from weightsmith.card import card
 from weightsmith.errors import Error
+from weightsmith.inspect._models import parameters_of, untouched
 from weightsmith.inspect._report import Line, Plot, Report
-from weightsmith.inspect.training._parts import at_least, parameters_of, rank_correlation, untouched
+from weightsmith.inspect.training._parts import at_least, rank_correlation
 from weightsmith.stats import Batch, Forward
 from weightsmith.stats.room import IGNORED, counted, default_forward, predictions
 from weightsmith.weights import Pattern
