@@ -35,7 +35,6 @@ def parameters_of(model: nn.Module, pattern: Pattern) -> dict[str, nn.Parameter]
     floating = {name: value for name, value in model.named_parameters() if value.is_floating_point()}
     chosen = {name: value for name, value in floating.items() if matches(pattern, name)}
     if not chosen:
-        raise Error(
-            f"no weight with floats fits {pattern!r}{did_you_mean(str(pattern), floating)}; there are {listed(floating)}"
-        )
+        near = did_you_mean(str(pattern), floating)
+        raise Error(f"no weight with floats fits {pattern!r}{near}; there are {listed(floating)}")
     return chosen
