@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,13 +128,39 @@ def merge_directly(kernel: Callable[..., Any], name: str, sample: Tensor) -> dic
 # prune
 
 
+def prune_statistics(method: Callable[..., Any], shape: tuple[int, ...]) -> list[Tensor]:
+    """What a score needs of data, made up; of the inputs of a flattened row, or of the weight's shape."""
+    generator = torch.Generator().manual_seed(0)
+    needs = [need for need in card_of(method).needs if need.startswith("stats.")]
+    inputs = math.prod(shape[1:])
+    made = {
+        "stats.gram": lambda: (lambda rows: rows.T @ rows)(torch.randn(inputs + 2, inputs, generator=generator)),
+        "stats.activations": lambda: 0.1 + torch.rand(inputs, generator=generator),
+        "stats.fisher": lambda: 0.1 + torch.rand(shape, generator=generator),
+        "stats.gradients": lambda: torch.randn(shape, generator=generator),
+    }
+    return [made[need]() for need in needs]
+
+
+def prune_arguments(kernel: Callable[..., Any], sample: Tensor) -> tuple[Any, ...]:
+    return (sample[0], *prune_statistics(kernel, tuple(sample.shape[1:])))
+
+
+def prune_law(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """A score that knows what it needs of the data, as laws call it."""
+    return lambda weight: kernel(weight, *prune_statistics(kernel, tuple(weight.shape)))
+
+
 def prune_lazily(public: Callable[..., Any], samples: Mapping[str, Tensor]) -> Weights:
-    return public({name: sample[0] for name, sample in samples.items()}, 0.4, pattern="*")
+    told = {name: stats for name, sample in samples.items() for stats in prune_statistics(public, sample[0].shape)}
+    given = {"stats": told} if told else {}
+    return public({name: sample[0] for name, sample in samples.items()}, 0.4, pattern="*", scope="tensor", **given)
 
 
 def prune_directly(kernel: Callable[..., Any], name: str, sample: Tensor) -> dict[str, Tensor]:
-    weight = sample[0]
-    order = kernel(weight).flatten().argsort(stable=True, descending=True)
+    weight, *stats = prune_arguments(kernel, sample)
+    keyed = {"key": name} if "key" in inspect.signature(kernel).parameters else {}
+    order = kernel(weight, *stats, **keyed).flatten().argsort(stable=True, descending=True)
     keep = weight.numel() - round(0.4 * weight.numel())
     result = torch.zeros_like(weight).flatten()
     result[order[:keep]] = weight.flatten()[order[:keep]]
@@ -178,7 +205,7 @@ def average_arguments(kernel: Callable[..., Any], sample: Tensor) -> tuple[Any, 
 
 ROOMS = {
     "merge": Room(merge_arguments, lambda sample: (sample[1:], sample[0]), merge_lazily, merge_directly),
-    "prune": Room(lambda kernel, sample: (sample[0],), lambda sample: (sample[0],), prune_lazily, prune_directly),
+    "prune": Room(prune_arguments, lambda sample: (sample[0],), prune_lazily, prune_directly),
     "quantize": Room(
         lambda kernel, sample: (sample[0],), lambda sample: (sample[0],), quantize_lazily, quantize_directly, False
     ),
@@ -221,7 +248,8 @@ def results(kernel: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Ten
 
 
 def samples_for(method: str) -> dict[str, Tensor]:
-    return SAMPLES | EDGES | (SCALAR if room_of(method).scalars else {})
+    scalars = room_of(method).scalars and not {"stats.gram", "stats.activations"} & set(card_of(METHODS[method]).needs)
+    return SAMPLES | EDGES | (SCALAR if scalars else {})
 
 
 def close(found: Tensor, expected: Tensor, inputs: Tensor, what: str) -> None:
@@ -253,6 +281,7 @@ def test_what_is_not_lifted_works_on_whole_models():
 def test_a_named_law_holds(method: str, law: str):
     check = getattr(laws_of(method.partition(".")[0]), law)
     kernel = METHODS[method].kernel
+    kernel = prune_law(kernel) if method.startswith("prune.") else kernel
     for kind, sample in SAMPLES.items():
         try:
             taken = merge_models(kernel, sample) if method.startswith("merge.") else sample

@@ -13,7 +13,16 @@ from typing import Any, Literal, TypeVar, get_args
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-NEEDS = ("base", "stats.gram", "stats.activations", "stats.fisher", "evaluate", "graph", "data")
+NEEDS = (
+    "base",
+    "stats.gram",
+    "stats.activations",
+    "stats.fisher",
+    "stats.gradients",
+    "evaluate",
+    "graph",
+    "data",
+)
 """Everything that a method may need beside the weights it works on."""
 
 Unit = Literal["element", "row", "tensor", "group", "model"]

@@ -175,7 +175,7 @@ def test_n_of_m_in_pieces_is_that_of_the_whole(tmp_path: Path):
         ({"v": 0.5}, {}, "sparsity says nothing for the tensor w"),
         ("3:6", {"scope": "global"}, "sparsity must be one number"),
         ({"w": 0.5, "*": 0.25}, {"scope": "global"}, "sparsity must be one number"),
-        (0.5, {"scope": "globl"}, "scope must be 'tensor' or 'global', got 'globl'"),
+        (0.5, {"scope": "globl"}, "scope must be one of tensor, row, global; got 'globl'"),
         (0.5, {"action": "drop"}, "action must be 'zero' or 'mask', got 'drop'"),
         (0.5, {"power": 2}, "magnitude has no option 'power'; it has none"),
     ],
@@ -303,6 +303,68 @@ def test_a_score_of_ones_own():
 
 def test_what_a_user_sees():
     parameters = inspect.signature(ws.prune.magnitude).parameters
-    assert list(parameters) == ["weights", "sparsity", "scope", "pattern", "action"]
+    assert list(parameters) == ["weights", "sparsity", "scope", "structure", "pattern", "action"]
     assert ws.prune.magnitude.__module__ == "weightsmith.prune"
     assert "absolute value" in (ws.prune.magnitude.__doc__ or "")
+
+
+# Rows, columns, blocks; scores that are there
+
+
+def test_each_row_loses_its_share():
+    weight = normal(6, 9)
+    kept = ws.prune.magnitude({"w": weight}, 1 / 3, scope="row", action="mask", pattern="*")["w"]
+    for row, mask in zip(weight.abs(), kept, strict=True):
+        assert mask.sum() == 6
+        assert row[mask].min() >= row[~mask].max()
+
+
+@pytest.mark.parametrize(
+    ("structure", "shape"), [("row", (1, 8)), ("column", (6, 1)), ("3x2", (3, 2)), ("6x8", (6, 8))]
+)
+def test_what_goes_as_one_goes_by_its_mean_score(structure: str, shape: tuple[int, int]):
+    weight = normal(6, 8)
+    height, width = shape
+    kept = ws.prune.magnitude({"w": weight}, 0.5, structure=structure, action="mask", pattern="*")["w"]
+    blocks = {}
+    for i in range(0, 6, height):
+        for j in range(0, 8, width):
+            mask = kept[i : i + height, j : j + width]
+            assert mask.all() or not mask.any()
+            blocks[i, j] = (float(weight[i : i + height, j : j + width].abs().mean()), bool(mask.all()))
+    count = len(blocks)
+    assert sum(keep for _, keep in blocks.values()) == count - round(count / 2)
+    lost = [score for score, keep in blocks.values() if not keep]
+    assert all(score >= max(lost, default=0) for score, keep in blocks.values() if keep)
+
+
+def test_blocks_of_a_convolution_are_of_its_flattened_rows():
+    weight = normal(4, 2, 2, 1)
+    kept = ws.prune.magnitude({"w": weight}, 0.5, structure="2x2", action="mask")["w"].reshape(4, 4)
+    assert {tuple(kept[i : i + 2, j : j + 2].unique().tolist()) for i in (0, 2) for j in (0, 2)} == {(True,), (False,)}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"structure": "4x4"}, "its 6 rows of 8 inputs cannot be cut into blocks of 4x4"),
+        ({"structure": "rows"}, "structure is element, row, column or a block"),
+        ({"structure": "2x2", "sparsity": "2:4"}, "an N:M pattern is of elements"),
+    ],
+)
+def test_a_structure_that_cannot_be_had(options: dict[str, Any], words: str):
+    with pytest.raises(Error, match=words):
+        ws.prune.magnitude(unread(w=(6, 8)), **options)
+
+
+def test_scores_that_are_there_are_used_as_they_are():
+    weights = {"a": normal(3, 4), "b": normal(2, 2), "c": normal(4)}
+    scores = {"a": normal(3, 4, seed=1), "b": normal(2, 2, seed=2)}
+    pruned = ws.prune.by_score(weights, scores, 0.5, scope="global")
+    line = torch.cat([s.flatten() for s in scores.values()])
+    threshold = line.sort(descending=True).values[7]
+    for name, score in scores.items():
+        assert torch.equal(pruned[name], torch.where(score >= threshold, weights[name], 0.0))
+    assert torch.equal(pruned["c"], weights["c"])
+    with pytest.raises(Error, match="the score of z fits no tensor"):
+        ws.prune.by_score(weights, {"z": normal(3)})

@@ -3,20 +3,35 @@
 from __future__ import annotations
 
 import inspect
+import math
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal, Protocol, cast, overload
+from typing import Any, Literal, Protocol, cast, get_args, overload
 
 import torch
 from torch import Tensor, nn
 
+from weightsmith.card import card_of
 from weightsmith.errors import Error, listed
 from weightsmith.lifting import dressed, example, per_tensor_options, sole, staged, tried
-from weightsmith.prune._select import kept_of_groups, pattern_of
+from weightsmith.prune._select import kept_of_groups, pattern_of, pooled, spread, whole_of
 from weightsmith.solve import Cut, cut_at, kept
-from weightsmith.weights import Inputs, Lazy, Output, Pattern, PerTensor, Reduction, Spec, Weights, Work, apply, open
+from weightsmith.weights import (
+    Entire,
+    Inputs,
+    Lazy,
+    Output,
+    Pattern,
+    PerTensor,
+    Reduction,
+    Spec,
+    Weights,
+    Work,
+    apply,
+    open,
+)
 from weightsmith.weights import resolve as resolved
 
 Source = str | os.PathLike[str] | Mapping[str, Any] | nn.Module
@@ -24,6 +39,12 @@ Sparsity = PerTensor[float | str]
 """Share removed, in [0, 1], or an N:M pattern such as ``"2:4"``; may differ by tensor."""
 
 _NOT_BY_DEFAULT = re.compile(r"embed|wte|wpe|tok_|lm_head|^shared\.|^output\.weight$", re.IGNORECASE)
+
+
+Scope = Literal["tensor", "row", "global"]
+"""Among what a budget is shared: one tensor, one row of it (what makes one output), or all tensors."""
+
+Action = Literal["zero", "mask"]
 
 
 class Prune(Protocol):
@@ -37,57 +58,159 @@ class Prune(Protocol):
         weights: Source,
         sparsity: Sparsity = 0.5,
         *,
-        scope: Literal["tensor", "global"] = "tensor",
+        scope: Scope = "tensor",
+        structure: PerTensor[str] = "element",
         pattern: Pattern | None = None,
-        action: Literal["zero", "mask"] = "zero",
+        action: Action = "zero",
         **options: Any,
     ) -> Weights: ...
 
     @overload
-    def __call__(self, weights: Tensor) -> Tensor: ...
+    def __call__(self, weights: Tensor, *given: Any, **options: Any) -> Tensor: ...
 
 
 _KINDS = inspect.Parameter
 _PARAMETERS = (
     _KINDS("weights", _KINDS.POSITIONAL_OR_KEYWORD, annotation="Source"),
     _KINDS("sparsity", _KINDS.POSITIONAL_OR_KEYWORD, default=0.5, annotation="PerTensor[float | str]"),
-    _KINDS("scope", _KINDS.KEYWORD_ONLY, default="tensor", annotation='Literal["tensor", "global"]'),
+    _KINDS("scope", _KINDS.KEYWORD_ONLY, default="tensor", annotation='Literal["tensor", "row", "global"]'),
+    _KINDS("structure", _KINDS.KEYWORD_ONLY, default="element", annotation="PerTensor[str]"),
     _KINDS("pattern", _KINDS.KEYWORD_ONLY, default=None, annotation="Pattern | None"),
     _KINDS("action", _KINDS.KEYWORD_ONLY, default="zero", annotation='Literal["zero", "mask"]'),
 )
+_STATS = _KINDS("stats", _KINDS.KEYWORD_ONLY, annotation="Source")
 
 
-def lift(kernel: Callable[..., Tensor]) -> Prune:
+def lift(kernel: Callable[..., Tensor], scope: Scope = "tensor") -> Any:
     """``(weights, sparsity, ...) -> Weights`` from a score on tensors.
 
     The public function takes, beside the score's own options (each possibly `PerTensor`):
     ``sparsity``, the share to remove or an N:M pattern; ``scope``, whether each tensor loses that
-    share or all together do; ``pattern``, which tensors (default `prunable`); ``action``, ``"zero"``
-    for pruned weights or ``"mask"`` for the boolean mask of what is kept. Called with a tensor it
-    is the kernel.
+    share, each of its rows does, or all together do (by default ``scope`` here); ``structure``, what is removed as
+    one: ``"element"``, ``"row"``, ``"column"`` or blocks of rows x columns such as ``"16x16"``; ``pattern``, which
+    tensors (default `prunable`); ``action``, ``"zero"`` for pruned weights or ``"mask"`` for the boolean mask of what
+    is kept. Where the card needs a statistic, ``stats`` is what `weightsmith.stats` found, and the kernel's second
+    argument is that of the tensor. A kernel that names ``key`` is told the tensor's name. Called with a tensor it is
+    the kernel.
     """
+    statistic = needed(kernel)
+    keyed = "key" in inspect.signature(kernel).parameters
 
-    def prune(
-        weights: Any,
-        sparsity: Sparsity = 0.5,
-        *,
-        scope: Literal["tensor", "global"] = "tensor",
-        pattern: Pattern | None = None,
-        action: Literal["zero", "mask"] = "zero",
-        **options: Any,
-    ) -> Any:
+    def prune(weights: Any, sparsity: Any = 0.5, **options: Any) -> Any:
         if isinstance(weights, Tensor):
-            return kernel(weights, **options)
+            given = [sparsity] if statistic and not isinstance(sparsity, float) else []
+            return kernel(weights, *given, **options)
+        how = {name: options.pop(name, usual) for name, usual in usual_settings.items()}
+        said = {name: value for name, value in how.items() if value != usual_settings[name] and name != "pattern"}
+        said = {"sparsity": sparsity, "scope": how["scope"]} | said | options
+        told = options.pop("stats", None) if statistic else None
         opened = open(weights)
-        targets = chosen_targets(opened, pattern)
+        targets = chosen_targets(opened, how["pattern"])
         chosen = per_tensor_options(kernel, options, targets)
-        tried(kernel, chosen.values(), example(2, 2))
-        scores = {name: scored(kernel, opened.node(name), chosen[name]) for name in targets}
-        masks = selected(scores, allocated(scores, sparsity, scope), scope)
-        said = {"sparsity": sparsity, "scope": scope} | options
-        return acted(opened, masks, action, f"prune.{kernel.__name__}", said)
+        known = of_targets(told, statistic, opened, targets, kernel.__name__) if statistic else {}
+        tried(kernel, chosen.values(), example(2, 2), *([example(2, 2)] if statistic else []))
+        scores = {}
+        for name in targets:
+            own = chosen[name] | ({"key": name} if keyed else {})
+            scores[name] = scored(kernel, [opened.node(name), *([known[name]] if statistic else [])], own)
+        masks = masks_of(scores, sparsity, how["scope"], how["structure"])
+        said = {name: value for name, value in said.items() if name not in ("stats", "action")}
+        return acted(opened, masks, how["action"], f"prune.{kernel.__name__}", said)
 
-    return dressed(prune, kernel, _PARAMETERS)
+    usual_settings: dict[str, Any] = {"scope": scope, "structure": "element", "pattern": None, "action": "zero"}
+    leading = [p.replace(default=usual_settings.get(p.name, p.default)) for p in _PARAMETERS]
+    return dressed(prune, kernel, (*leading, *([_STATS] if statistic else [])))
+
+
+def by_score(
+    weights: Source,
+    scores: Source,
+    sparsity: Sparsity = 0.5,
+    *,
+    scope: Scope = "tensor",
+    structure: PerTensor[str] = "element",
+    action: Action = "zero",
+) -> Weights:
+    """Prune by scores that are there already, of whatever origin; higher is more worth keeping.
+
+    Args:
+        weights: what to prune; only the tensors that have a score.
+        scores: ``[*shape]`` under the names of weights.
+        sparsity: the share to remove or an N:M pattern, possibly by tensor.
+        scope: among what the budget is shared.
+        structure: what is removed as one.
+        action: ``"zero"``, or ``"mask"`` for the boolean mask of what is kept.
+
+    Raises:
+        Error: a score that fits no weight.
+
+    >>> by_score({"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([5.0, 3.0])})["w"]
+    tensor([1., 0.])
+    """
+    opened, found = open(weights), open(scores)
+    ties = opened.ties
+    for name in found:
+        if name not in opened or opened.spec(name).shape != found.spec(name).shape:
+            raise Error(f"the score of {name} fits no tensor of that name and shape {list(found.spec(name).shape)}")
+    nodes: dict[str, Any] = {ties.get(name, name): found.node(name) for name in reversed(list(found))}
+    if not nodes:
+        raise Error("by_score needs the score of at least 1 tensor, got none")
+    masks = masks_of(dict(reversed(nodes.items())), sparsity, scope, structure)
+    return acted(opened, masks, action, "prune.by_score", {"sparsity": sparsity, "scope": scope})
+
+
+# Statistics
+
+
+def needed(kernel: Callable[..., Any]) -> str | None:
+    """Which statistic a method is to be given, such as ``"stats.gram"``."""
+    return next((need for need in card_of(kernel).needs if need.startswith("stats.")), None)
+
+
+INPUTS = ("stats.gram", "stats.activations")
+"""Statistics of the inputs of a weight; the others have its shape."""
+
+
+def of_targets(
+    told: Source | None, statistic: str, weights: Weights, targets: Sequence[str], method: str
+) -> dict[str, Any]:
+    """Target -> what is known of it, as an argument of a kernel: of inputs whole, else as the weight is cut.
+
+    Of inputs, that is ``[in]`` or, of Gram matrices, also ``[in, in]`` or blocks ``[in / b, b, b]``. A tied weight may
+    be known under any of its names.
+    """
+    if told is None:
+        raise Error(f"{method} needs stats=, what weightsmith.{statistic} finds on data")
+    opened = open(told)
+    alike = {id(weights.node(name)): name for name in weights if name in opened}
+    found: dict[str, Any] = {}
+    lacking: list[str] = []
+    for name in targets:
+        known = alike.get(id(weights.node(name)))
+        if known is None:
+            lacking.append(name)
+            continue
+        shape, own = weights.spec(name).shape, opened.spec(known).shape
+        if not _fits(own, shape, statistic):
+            raise Error(f"{method}: {statistic} of {known} is {list(own)}, which does not fit its weight {list(shape)}")
+        found[name] = Entire(opened.node(known)) if statistic in INPUTS else opened.node(known)
+    if lacking:
+        raise Error(
+            f"{method}: stats say nothing of {listed(lacking)}. Were these layers never called, or the statistics "
+            "gathered of another model? Name with pattern= what is to be pruned"
+        )
+    return found
+
+
+def _fits(own: tuple[int, ...], shape: tuple[int, ...], statistic: str) -> bool:
+    if statistic not in INPUTS:
+        return own == shape
+    inputs = math.prod(shape[1:])
+    if own == (inputs,):
+        return True
+    if statistic != "stats.gram":
+        return False
+    return own == (inputs, inputs) or (len(own) == 3 and own[1] == own[2] and own[0] * own[1] == inputs)
 
 
 # Which tensors
@@ -120,20 +243,35 @@ def chosen_targets(weights: Weights, pattern: Pattern | None) -> list[str]:
 # score
 
 
-def scored(kernel: Callable[..., Tensor], node: Lazy, options: Mapping[str, Any]) -> Output:
-    """The score of one tensor, float32 and of its shape."""
-    return sole(staged(kernel, [node], options, {"": Spec(node.spec.shape, torch.float32)}))
+def scored(kernel: Callable[..., Any], arguments: Sequence[Any], options: Mapping[str, Any]) -> Output:
+    """The score of one tensor (the first of the arguments), float32 and of its shape."""
+    return sole(staged(kernel, arguments, options, {"": Spec(arguments[0].spec.shape, torch.float32)}))
 
 
 # allocate
 
 
-def allocated(
-    scores: Mapping[str, Lazy], sparsity: Sparsity, scope: Literal["tensor", "global"]
-) -> dict[str, float | tuple[int, int]]:
+def masks_of(
+    scores: Mapping[str, Lazy], sparsity: Sparsity, scope: Scope = "tensor", structure: PerTensor[str] = "element"
+) -> dict[str, Output]:
+    """Scores to masks: allocate and select."""
+    shares = allocated(scores, sparsity, scope)
+    wholes = {name: whole_of(value, name) for name, value in resolved(structure, scores, "structure").items()}
+    for name, whole in wholes.items():
+        if whole != (1, 1) and isinstance(shares[name], tuple):
+            raise Error(f"{name}: an N:M pattern is of elements; structure={structure!r} does not go with it")
+    merged = {name: pooled(scores[name], whole, name) for name, whole in wholes.items()}
+    if scope != "row":
+        masks = selected(merged, shares, scope)
+    else:
+        masks = {name: _cut_rows(score, shares[name]) for name, score in merged.items()}
+    return {name: spread(mask, wholes[name], scores[name].spec.shape) for name, mask in masks.items()}
+
+
+def allocated(scores: Mapping[str, Lazy], sparsity: Sparsity, scope: Scope) -> dict[str, float | tuple[int, int]]:
     """Tensor -> the share to remove, or its N:M pattern; everything checked."""
-    if scope not in ("tensor", "global"):
-        raise Error(f"scope must be 'tensor' or 'global', got {scope!r}")
+    if scope not in get_args(Scope):
+        raise Error(f"scope must be one of {', '.join(get_args(Scope))}; got {scope!r}")
     shares = {name: _share(value, name) for name, value in resolved(sparsity, scores, "sparsity").items()}
     if scope == "global" and (len(set(shares.values())) > 1 or any(isinstance(s, tuple) for s in shares.values())):
         raise Error('scope="global" shares one budget among all tensors: sparsity must be one number')
@@ -157,7 +295,7 @@ def _share(value: float | str, name: str) -> float | tuple[int, int]:
 
 
 def selected(
-    scores: Mapping[str, Output], shares: Mapping[str, float | tuple[int, int]], scope: Literal["tensor", "global"]
+    scores: Mapping[str, Lazy], shares: Mapping[str, float | tuple[int, int]], scope: Scope
 ) -> dict[str, Output]:
     """The masks: boolean nodes, true where a weight is kept."""
     if scope == "global":
@@ -165,7 +303,7 @@ def selected(
     return {name: _cut_alone(scores[name], share) for name, share in shares.items()}
 
 
-def _cut_alone(score: Output, share: float | tuple[int, int]) -> Output:
+def _cut_alone(score: Lazy, share: float | tuple[int, int]) -> Output:
     if isinstance(share, tuple):
         keep, group = share
         spec = Spec(score.spec.shape, torch.bool)
@@ -173,7 +311,15 @@ def _cut_alone(score: Output, share: float | tuple[int, int]) -> Output:
     return _cut_together({"": score}, share)[""]
 
 
-def _cut_together(scores: Mapping[str, Output], share: float) -> dict[str, Output]:
+def _cut_rows(score: Lazy, share: float | tuple[int, int]) -> Output:
+    if isinstance(share, tuple) or len(score.spec.shape) < 2:
+        return _cut_alone(score, share)
+    inputs = math.prod(score.spec.shape[1:])
+    options = {"keep": inputs - round(share * inputs), "group": inputs}
+    return apply(kept_of_groups, score, unit="row", spec=Spec(score.spec.shape, torch.bool), options=options)
+
+
+def _cut_together(scores: Mapping[str, Lazy], share: float) -> dict[str, Output]:
     total = sum(score.spec.numel for score in scores.values())
     keep = total - round(share * total)
     reduction = Reduction([Inputs([score], "element") for score in scores.values()], partial(cut_at, keep, total))
