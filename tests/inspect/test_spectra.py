@@ -7,14 +7,15 @@ import math
 import pytest
 import torch
 
-from weightsmith.inspect import _spectra, spectrum, summary
+from weightsmith.inspect import spectrum, summary
+from weightsmith.solve import _singular
 from weightsmith.weights import Weights
 
 
 @pytest.mark.parametrize("shape", [(12, 5), (5, 12), (7, 7), (1, 9), (6, 2, 3, 3)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_values_equal_a_decomposition(shape, dtype, monkeypatch):
-    monkeypatch.setattr(_spectra, "_BLOCK", 10)  # several blocks
+    monkeypatch.setattr(_singular, "_BLOCK", 10)  # several blocks
     tensor = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
     exact = torch.linalg.svdvals(tensor.double().reshape(shape[0], -1))
     found = spectrum(tensor, keep=100)

@@ -9,10 +9,10 @@ import torch
 
 import weightsmith as ws
 from weightsmith.errors import Error
-from weightsmith.merge import _drop
-from weightsmith.merge._drop import below, by_rank, uniform
+from weightsmith.merge._drop import below, by_rank
 from weightsmith.merge._random import dare_linear, dare_ties, della, della_linear
 from weightsmith.merge._task_vectors import task_arithmetic, ties
+from weightsmith.solve import random_bits, uniform
 
 NAMES = ["dare_linear", "dare_ties", "della", "della_linear"]
 
@@ -143,16 +143,16 @@ def test_refusals(name: str):
 @pytest.mark.parametrize(("chance", "width"), [(0.5, 16), (0.2, 16), (0.3, 16), (0.001, 32), (1 - 2**-14 * 0.3, 32)])
 def test_below_by_hand(chance: float, width: int):
     """Where numbers of 16 bits come near enough they are used, else ones of 32."""
-    drawn = torch.cat([torch.from_numpy(bits.astype("i8")) for _, bits in _drop._bits(5000, 7, 3, "w", width)])
+    drawn = torch.cat([torch.from_numpy(bits.astype("i8")) for _, bits in random_bits(5000, 7, 3, "w", width)])
     assert torch.equal(below(chance, 5000, start=7, seed=3, key="w"), drawn < round(chance * 2**width))
     assert abs(round(chance * 2**width) / 2**width - chance) <= 1e-4 * min(chance, 1 - chance)
 
 
 @pytest.mark.parametrize("width", [16, 32])
 def test_the_row_of_numbers_is_one_row(width: int):
-    whole = torch.cat([torch.from_numpy(bits.astype("i8")) for _, bits in _drop._bits(70000, 0, 0, "w", width)])
+    whole = torch.cat([torch.from_numpy(bits.astype("i8")) for _, bits in random_bits(70000, 0, 0, "w", width)])
     assert len(whole) == 70000
     assert abs(float(whole.double().mean()) / 2 ** (width - 1) - 1) < 0.01
     for start, count in ((1, 3), (5, 66000), (65535, 10), (3, 0)):
-        parts = [torch.from_numpy(bits.astype("i8")) for _, bits in _drop._bits(count, start, 0, "w", width)]
+        parts = [torch.from_numpy(bits.astype("i8")) for _, bits in random_bits(count, start, 0, "w", width)]
         assert torch.equal(torch.cat([whole[:0], *parts]), whole[start : start + count])

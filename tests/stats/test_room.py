@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 import weightsmith as ws
 from weightsmith.errors import Error
-from weightsmith.stats import Fisher, Gram, collect, combine, fisher, gram
+from weightsmith.stats import Activations, Fisher, Gram, GuidedGram, activations, collect, combine, fisher, gram
 
 
 def network() -> nn.Sequential:
@@ -70,7 +71,7 @@ def test_the_model_is_left_as_it_was(fails: bool):
     model(batches()[0][0]).sum().backward()
     before = copy.deepcopy(model)
     gradients = [p.grad.clone() for p in model.parameters()]
-    both = {"fisher": Fisher(), "gram": Gram()}
+    both = {"fisher": Fisher(), "gram": Gram(), "in": Activations(), "out": Activations(of="outputs")}
     try:
         collect(model, batches(), both, forward=failing if fails else None)
         assert not fails
@@ -164,3 +165,109 @@ class Pair(nn.Module):
 
     def forward(self, x: Tensor):
         return self.layer(x), x
+
+
+class Routed(nn.Module):
+    """Its second layer is called only where the data say so."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.always, self.rare, self.never = (nn.Linear(3, 4) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.always(x) + (self.rare(x) if bool((x > 5).any()) else 0)
+
+
+KINDS = {
+    "gram": Gram(),
+    "weighted": Gram(tokens=lambda batch: batch[1].float() + 0.5),
+    "blocks": Gram(form=1),
+    "diagonal": Gram(form="diagonal"),
+    "fisher": Fisher("given"),
+    "guided": GuidedGram(2),
+    **{what: Activations(what) for what in ("norm", "mean", "mean_absolute", "maximum", "second_moment")},
+}
+
+
+def uneven() -> list[tuple[Tensor, Tensor]]:
+    data = batches()
+    data[2][0][0, 0] = 6.0
+    return data
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0)])
+def test_a_layer_that_a_shard_never_called_is_combined_of_the_others(kind: str, order: tuple[int, ...], tmp_path):
+    model, data = Routed(), uneven()
+    whole = collect(model, data, {"x": KINDS[kind]})["x"]
+    shards = [collect(model, [data[number]], {"x": KINDS[kind]})["x"] for number in order]
+    shards[1].save(tmp_path / "shard.safetensors")
+    shards[1] = ws.open(tmp_path / "shard.safetensors")
+    for found in (combine(*shards), combine(combine(shards[0], shards[1]), shards[2])):
+        assert set(found) == set(whole)
+        assert found.metadata["weightsmith.examples"] == "11"
+        for name in whole:
+            torch.testing.assert_close(found[name], whole[name], rtol=1e-6, atol=1e-7)
+        if kind != "fisher":
+            expected = {"always.weight": 11.0, "rare.weight": 6.0, "never.weight": 0.0}
+            if kind == "weighted":
+                expected = {"always.weight": 5.5 + 13 + 3, "rare.weight": 3 + 7, "never.weight": 0}
+                expected["always.weight"] = sum(float(labels.sum()) + len(labels) / 2 for _, labels in data)
+                expected["rare.weight"] = float(data[2][1].sum()) + 3
+            assert json.loads(found.metadata["weightsmith.rows"]) == expected
+    found.save(tmp_path / "all.safetensors")
+    again = ws.open(tmp_path / "all.safetensors")
+    for name in whole:
+        assert torch.equal(again[name], found[name])
+
+
+def test_combining_is_exact_to_the_rounding_at_the_end():
+    parts = [torch.tensor([16777216.0]), torch.tensor([1.0]), torch.tensor([1.0])]
+    shards = [collect(nn.Linear(1, 1), [part.sqrt()[None]], {"x": Gram()})["x"] for part in parts]
+    assert float(combine(*shards)["weight"]) == 16777218
+
+
+def test_layers_that_share_a_matrix_share_it_when_combined():
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(3, 4), nn.Linear(3, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.first(x) + self.second(x)
+
+    shards = [gram(Both(), [batch]) for batch in batches()]
+    assert combine(*shards).ties == {"second.weight": "first.weight"}
+
+
+def test_shards_of_other_forms_or_without_counts_are_refused():
+    model, data = network(), batches()
+    with pytest.raises(Error, match=r"combine: 0\.weight: shapes \[3, 3\] and \[3\] do not fit"):
+        combine(gram(model, data), gram(model, data, form="diagonal"))
+    means = [activations(model, [batch], what="mean").rename(lambda name: f"model.{name}") for batch in data]
+    with pytest.raises(Error, match=r"does not say on how many rows model\.0\.weight rests; combine before renaming"):
+        combine(*means)
+    with pytest.raises(Error, match=r"the second lacks 0\.weight"):  # it was called there, and dropped afterwards
+        combine(gram(model, data), gram(model, data).drop("0.*"))
+
+
+def test_a_batch_may_carry_other_things_beside_a_mask():
+    """What is recorded before a block of a language model: hidden states, a mask, a mask of attention, positions."""
+    layer, tokens = nn.Linear(3, 3), torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]])
+    batch = {"hidden": tokens, "attention_mask": mask, "positions": (torch.arange(4), None), "cache": None}
+
+    def forward(model, batch):
+        assert batch["cache"] is None
+        return model(batch["hidden"])
+
+    kept = tokens[mask.bool()]
+    asked = {"gram": Gram(), "norm": Activations()}
+    found = collect(layer, [batch], asked, forward=forward)
+    torch.testing.assert_close(found["gram"]["weight"], kept.T @ kept)
+    torch.testing.assert_close(found["norm"]["weight"], kept.square().sum(dim=0).sqrt())
+    wide = batch | {"attention_mask": torch.zeros(2, 1, 4, 4)}  # of another kind: it says nothing of tokens
+    rows = tokens.flatten(0, 1)
+    torch.testing.assert_close(collect(layer, [wide], asked, forward=forward)["gram"]["weight"], rows.T @ rows)

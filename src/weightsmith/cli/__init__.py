@@ -22,6 +22,9 @@ SECTIONS = {
 }
 """The commands under their headings; the rooms with methods stand under "Change" as well."""
 
+OWN = ("prune",)
+"""Rooms whose commands do more than call a method."""
+
 INTERRUPTED, BROKEN_PIPE = 130, 141  # 128 and the number of the signal, as shells have it
 
 
@@ -42,6 +45,8 @@ class Root(click.Group):
             return module.group() if hasattr(module, "group") else module.command()
         from weightsmith.cli import _rooms
 
+        if cmd_name in OWN:
+            return importlib.import_module(f"weightsmith.cli._{cmd_name}").group()
         return _rooms.group(cmd_name) if cmd_name in _rooms.rooms() else None
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:

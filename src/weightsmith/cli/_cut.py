@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +9,7 @@ import click
 
 from weightsmith.cli._manual import PATH, SAVING, Manual, Option, option
 from weightsmith.cli._output import clean, laid_out, number, size
-from weightsmith.cli._save import save, save_options
+from weightsmith.cli._save import check_output, save, save_options
 
 if TYPE_CHECKING:
     from weightsmith.graph import UnitGraph
@@ -102,16 +101,13 @@ def _chosen(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check(given: Mapping[str, Any]) -> None:
     """Errors in the options, before anything is read."""
-    from weightsmith.errors import OutputError
-
     if given["keep"] is None and given["layers"] is None:
         raise click.UsageError("nothing to cut: add --keep SHARE, --layers N, or both")
     if given["calibrate"] is None and given["score"] in ASKING and given["keep"] is not None:
         raise click.UsageError(f"--score {given['score']} reads a text: add --calibrate TEXT")
     if given["calibrate"] is None and given["layers"] is not None:
         raise click.UsageError("--layers reads a text to find out which matter: add --calibrate TEXT")
-    if os.path.exists(given["output"]) and not (given["overwrite"] or given["resume"]):
-        raise OutputError(f"{given['output']}: is there already; --overwrite replaces it")
+    check_output(given)
 
 
 def _cut(

@@ -52,10 +52,16 @@ def rooms() -> list[str]:
 
 
 @functools.cache
+def catalogue() -> Catalogue:
+    """Read once: every command looks into it several times."""
+    return Catalogue()
+
+
+@functools.cache
 def _methods() -> tuple[Method, ...]:
-    catalogue = Catalogue()
-    lifted = {room: catalogue.lifted(room) for room in catalogue.tables if catalogue.leading(room)}
-    return tuple(m for m in catalogue.methods if m.room in lifted and _is_command(m, m.name in lifted[m.room]))
+    found = catalogue()
+    lifted = {room: found.lifted(room) for room in found.tables if found.leading(room)}
+    return tuple(m for m in found.methods if m.room in lifted and _is_command(m, m.name in lifted[m.room]))
 
 
 def _is_command(method: Method, is_lifted: bool) -> bool:

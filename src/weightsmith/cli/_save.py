@@ -82,6 +82,14 @@ def save_options(without: Collection[str] = ()) -> list[click.Option]:
     return [one for one in options if one.name not in without]
 
 
+def check_output(given: Mapping[str, Any]) -> None:
+    """An error, before any work, for an output that is there and is not to be replaced."""
+    from weightsmith.errors import OutputError
+
+    if os.path.exists(given["output"]) and not (given.get("overwrite") or given.get("resume")):
+        raise OutputError(f"{given['output']}: is there already; --overwrite replaces it")
+
+
 def save(weights: Weights, given: dict[str, Any], found: Mapping[str, Any] | None = None) -> None:
     """Write ``weights`` as the options of `save_options` say, and tell what was written.
 

@@ -23,6 +23,7 @@ from weightsmith.inspect._language import language
 from weightsmith.inspect._matrices import spectra
 from weightsmith.inspect._modularity import modularity
 from weightsmith.inspect._overlaps import overlaps
+from weightsmith.inspect._pruning import pruning
 from weightsmith.inspect._quantization import quantization_error
 from weightsmith.inspect._report import Line, Plot, Report, Surface, page_of
 from weightsmith.inspect._sparsity import sparsity_knees
@@ -80,6 +81,7 @@ __all__ = [
     "overlaps",
     "page_of",
     "power_law",
+    "pruning",
     "quantization_error",
     "ranking",
     "relative_change",
@@ -98,6 +100,7 @@ __all__ = [
 METHODS = table(
     spectra,
     sparsity_knees,
+    pruning,
     quantization_error,
     geometry,
     relative_change,

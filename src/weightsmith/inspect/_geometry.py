@@ -22,8 +22,9 @@ from weightsmith.errors import Error
 from weightsmith.inspect._diff import Sums, diff
 from weightsmith.inspect._parts import MOST_LINES, Source, decoded, grid, in_order, mean_of, named, short
 from weightsmith.inspect._report import Line, Plot, Report, Surface
-from weightsmith.inspect._spectra import effective_rank, gram_of, has_spectrum
+from weightsmith.inspect._spectra import has_spectrum
 from weightsmith.inspect._statistics import streamed
+from weightsmith.solve import effective_rank, gram_of
 from weightsmith.weights import Pattern, Weights, open, same_names
 
 

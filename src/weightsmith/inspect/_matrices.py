@@ -16,9 +16,9 @@ from torch import Tensor
 from weightsmith.card import card
 from weightsmith.inspect._parts import Source, by_kind, grid, matrices, median_of, named
 from weightsmith.inspect._report import Line, Plot, Report
-from weightsmith.inspect._spectra import effective_rank, roots_of, singular_values, stable_rank
 from weightsmith.inspect._statistics import streamed
 from weightsmith.inspect._tails import NoiseEdge, PowerLaw, noise_edge, power_law
+from weightsmith.solve import effective_rank, roots_of, singular_values, stable_rank
 from weightsmith.weights import Lazy, Pattern, Weights, open
 
 POINTS = 65

@@ -6,9 +6,6 @@ else: chunks, threads and the order of work cannot change it.
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Iterator
 from functools import partial
 
 import numpy as np
@@ -18,10 +15,8 @@ from torch import Tensor
 from weightsmith import native
 from weightsmith.errors import Error
 from weightsmith.merge._trim import Dialect, Numbers, Trim, Trimming, fractions, known, scaled
+from weightsmith.solve import bit_source, random_bits, uniform
 from weightsmith.weights import workspace
-
-_PIECE = 2**14
-"""Numbers of 64 bits that are drawn at once."""
 
 CLOSE = 1e-4
 """How near, in proportion, a probability must be to a multiple of 2**-16 for numbers of 16 bits to do."""
@@ -97,7 +92,7 @@ def _dropped(delta: Tensor, chance: float, inverse: bool, *, start: int, seed: i
     width, limit = _numbers_below(chance)
     if not 0 < limit < 2**width:
         return False
-    source, skipped = _source(start, seed, key, width)
+    source, skipped = bit_source(start, seed, key, width)
     state = source.state["state"]
     factor = float(delta.new_ones(()).div_(chance)) if inverse else 1.0
     return native.dropped(delta, state["state"], state["inc"], skipped, width, limit, factor)
@@ -115,18 +110,6 @@ def by_rank(size: Tensor, density: float, epsilon: float, row: int) -> Tensor:
     return chance.scatter_(-1, order, (density + epsilon * steps).expand(order.shape)).reshape(-1)
 
 
-def uniform(count: int, *, start: int, seed: int, key: str) -> Tensor:
-    """Numbers ``start`` to ``start + count`` of an endless row of them in [0, 1), float32.
-
-    >>> torch.equal(uniform(5, start=3, seed=0, key="w"), uniform(8, start=0, seed=0, key="w")[3:])
-    True
-    """
-    found = np.empty(count, dtype=np.float32)
-    for place, bits in _bits(count, start, seed, key, 32):
-        np.multiply(bits >> 8, np.float32(2**-24), out=found[place : place + len(bits)], casting="same_kind")
-    return torch.from_numpy(found)
-
-
 def below(chance: float, count: int, *, start: int, seed: int, key: str) -> Tensor:
     """Elements ``start`` to ``start + count`` of an endless row of booleans, true with the probability ``chance``.
 
@@ -137,7 +120,7 @@ def below(chance: float, count: int, *, start: int, seed: int, key: str) -> Tens
     if not 0 < limit < 2**width:
         return torch.full((count,), limit > 0)
     found = np.empty(count, dtype=np.bool_)
-    for place, bits in _bits(count, start, seed, key, width):
+    for place, bits in random_bits(count, start, seed, key, width):
         np.less(bits, bits.dtype.type(limit), out=found[place : place + len(bits)])
     return torch.from_numpy(found)
 
@@ -147,29 +130,3 @@ def _numbers_below(chance: float) -> tuple[int, int]:
     short = round(chance * 2**16)
     width = 16 if abs(short / 2**16 - chance) <= CLOSE * min(chance, 1 - chance) else 32
     return width, round(chance * 2**width)
-
-
-def _source(start: int, seed: int, key: str, width: int) -> tuple[np.random.PCG64DXSM, int]:
-    """A generator at the word that holds number ``start``, and how many numbers stand before it in that word."""
-    named = hashlib.blake2b(json.dumps([int(seed), key]).encode(), digest_size=32).digest()
-    state, odd = int.from_bytes(named[:16], "little"), int.from_bytes(named[16:], "little") | 1
-    skipped, inside = divmod(start, 64 // width)
-    source = np.random.PCG64DXSM(0)
-    source.state = {
-        "bit_generator": "PCG64DXSM", "state": {"state": state, "inc": odd}, "has_uint32": 0, "uinteger": 0
-    }  # fmt: skip
-    source.advance(skipped)
-    return source, inside
-
-
-def _bits(count: int, start: int, seed: int, key: str, width: int) -> Iterator[tuple[int, np.ndarray]]:
-    """The row of numbers of ``width`` bits from ``start`` on, in pieces that stay in the cache, each with its place."""
-    source, inside = _source(start, seed, key, width)
-    per = 64 // width
-    place = -inside
-    while place < count:
-        wanted = min(_PIECE, -(-(count - place) // per))
-        bits = source.random_raw(wanted).astype("<u8", copy=False).view(f"<u{width // 8}")
-        first = max(-place, 0)
-        yield place + first, bits[first : count - place]
-        place += wanted * per

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from weightsmith.errors import Error
+from weightsmith.weights import working
 
 
 def input_energy(gram: Tensor) -> Tensor:
@@ -27,17 +28,17 @@ def input_energy(gram: Tensor) -> Tensor:
 
 
 def full_gram(gram: Tensor, inputs: int, method: str) -> Tensor:
-    """A Gram matrix ``[in, in]`` float32 from itself or its blocks; an error for a diagonal alone.
+    """A Gram matrix ``[in, in]``, float32 or wider, from itself or its blocks; an error for a diagonal alone.
 
     >>> full_gram(torch.ones(2, 1, 1), 2, "obc")
     tensor([[1., 0.],
             [0., 1.]])
     """
     if gram.dim() == 3:
-        return torch.block_diag(*gram.float())
+        return torch.block_diag(*working(gram))
     if gram.shape != (inputs, inputs):
         raise Error(
             f"{method} needs how inputs go together, Gram matrices {[inputs, inputs]}; got {list(gram.shape)}: gather "
             "them with weightsmith.stats.gram(...), not their diagonal"
         )
-    return gram.float()
+    return working(gram)

@@ -26,7 +26,7 @@ def kept_of_groups(score: Tensor, *, keep: int, group: int) -> Tensor:
     """
     runs = score.reshape(len(score), -1, group)
     order = keys(runs).argsort(dim=-1, descending=True, stable=True)
-    mask = torch.zeros(runs.shape, dtype=torch.bool)
+    mask = torch.zeros(runs.shape, dtype=torch.bool, device=score.device)
     mask.scatter_(-1, order[..., :keep], True)
     return mask.reshape(score.shape)
 

@@ -7,51 +7,78 @@ quantizing need to know of the data to keep the outputs, and it does not grow wi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from weightsmith.stats.room import Access, Batch, Forward, chosen_names, collect
-from weightsmith.weights import Pattern, Weights, matches, working
+from weightsmith.errors import Error
+from weightsmith.stats._taps import Part, Store, Taps, Tokens, features, inputs_of, layers_of
+from weightsmith.stats.room import Access, Batch, Forward, collect
+from weightsmith.weights import Pattern, PerTensor, Weights, resolve
 
-Layer = nn.Linear | nn.Conv1d | nn.Conv2d
+__all__ = ["Gram", "features", "gram"]
 
 
 def gram(
-    model: nn.Module, batches: Iterable[Batch], *, pattern: Pattern = "*", forward: Forward | None = None
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    form: PerTensor[str | int] = "full",
+    tokens: Tokens | None = None,
+    pattern: Pattern = "*",
+    sums: torch.dtype = torch.float64,
+    store: str | os.PathLike[str] | None = None,
+    memory: int | str | None = None,
+    forward: Forward | None = None,
 ) -> Weights:
     r"""Gram matrices of the inputs of linear and convolution layers.
 
-    .. math:: G = X^\top X
+    .. math:: G = X^\top \operatorname{diag}(w)\, X
 
     with :math:`X` ``[rows, in]`` what a layer multiplies its flattened weight ``[out, in]`` with:
-    every position of every example, for a convolution every patch.
+    every position of every example, for a convolution every patch; and :math:`w` how much each counts, usually one.
 
     Args:
         model: asked in evaluation mode and left as it was.
-        batches: ``inputs``, ``(inputs, labels)`` or mappings; padded tokens (``attention_mask`` 0) do not count.
+        batches: ``inputs``, ``(inputs, labels)`` or mappings; padded tokens (``attention_mask`` 0) do not count, where
+            a layer's input is ``[n, t, in]`` or ``[n t, in]``.
+        form: ``"full"``, ``"diagonal"`` (of each input its sum of squares), or the size b of blocks along the
+            diagonal, which must divide the inputs. May differ by tensor.
+        tokens: ``batch -> [n, t]`` or ``[n]``: how much each token, or all of an example, counts.
         pattern: names of the weights.
+        sums: the dtype of sums over batches; products are float32, under autocast and of narrow floats as well (how
+            exact, ``torch.set_float32_matmul_precision`` says). float32 sums need half the memory: after 512
+            batches their entries were off by up to 1e-6 of the mean diagonal, those of float64 sums by 6e-8, which is
+            the rounding at the end.
+        store: a folder for files that hold the sums for which ``memory`` is not enough (default: the folder for
+            temporary files). They vanish with the result; `save` it to keep it.
+        memory: bytes of sums in memory, such as ``"4GB"``; default: any number, or none where ``store`` is given.
         forward: ``(model, batch) -> logits``, where the default does not fit.
 
     Returns:
-        Weights: ``[in, in]`` float32 under the name of each weight. Products are float32, their sum over
-        batches float64. Layers that share their input (query, key, value) share one matrix. Grouped and
-        transposed convolutions, weights that something other than such a layer also uses (tied embeddings),
-        and layers that were never called have none.
+        Weights: ``[in, in]``, ``[in / b, b, b]`` or ``[in]`` float32 under the name of each weight, exactly symmetric.
+        Layers that share their input (query, key, value) share one matrix. While it runs, memory holds the sums, one
+        product and one input. Without a matrix are: grouped and transposed convolutions, embeddings, weights that
+        something other than one such layer also uses (tied embeddings), weights that lie ``[in, out]`` (as in GPT-2's
+        own layers: a matrix for a square one would fit the wrong side, unnoticed), experts fused into one tensor, and
+        layers that were never given a row that counts.
 
     Raises:
-        ValueError: no batch, or no layer that fits.
+        ValueError: no batch, no layer that fits, blocks that do not divide the inputs, inputs that are not finite,
+            token weights that are negative or of another shape.
 
     >>> gram(torch.nn.Linear(2, 1), [torch.tensor([[1.0, 2.0], [0.0, 1.0]])])["weight"]
     tensor([[1., 2.],
             [2., 5.]])
+    >>> gram(torch.nn.Linear(2, 1), [torch.tensor([[1.0, 2.0], [0.0, 1.0]])], form="diagonal")["weight"]
+    tensor([1., 5.])
     """
-    return collect(model, batches, {"gram": Gram(pattern)}, forward=forward)["gram"]
+    statistic = Gram(pattern, form, tokens, sums, store, memory)
+    return collect(model, batches, {"gram": statistic}, forward=forward)["gram"]
 
 
 @dataclass(frozen=True)
@@ -59,157 +86,118 @@ class Gram:
     """The settings of `gram`, for `collect`."""
 
     pattern: Pattern = "*"
+    form: PerTensor[str | int] = "full"
+    tokens: Tokens | None = None
+    sums: torch.dtype = torch.float64
+    store: str | os.PathLike[str] | None = None
+    memory: int | str | None = None
     kind = "gram"
 
-    def counter(self, access: Access) -> _Counter:
-        return _Counter(_layers(access.model, self.pattern))
+    def __post_init__(self) -> None:
+        check_sums(self.sums)
+        Store.of(self.store, self.memory)
+
+    def counter(self, access: Access) -> Taps:
+        layers = layers_of(access.model, self.pattern)
+        forms = resolve(self.form, layers, "form")
+        for name, form in forms.items():
+            check_form(name, form, inputs_of(layers[name]))
+        store = Store.of(self.store, self.memory)
+        return Taps(layers, _Products(forms, self.sums, store), self.tokens, store)
+
+
+def check_sums(sums: torch.dtype) -> None:
+    """An error unless sums can be of this dtype."""
+    if sums not in (torch.float32, torch.float64):
+        raise Error(f"sums is torch.float32 or torch.float64, got {sums}")
+
+
+def check_form(name: str, form: Any, inputs: int) -> None:
+    """An error unless ``form`` is a form of a Gram matrix of so many inputs."""
+    if form in ("full", "diagonal"):
+        return
+    if not isinstance(form, int) or isinstance(form, bool) or form < 1:
+        raise Error(f"form of {name} is 'full', 'diagonal' or the size of blocks, got {form!r}")
+    if inputs % form:
+        raise Error(f"{name}: its {inputs} inputs cannot be cut into blocks of {form}; choose a divisor")
 
 
 @dataclass
-class _Shared:
-    """One matrix, and the layers whose inputs it is of."""
+class _Products:
+    """The measure: products of features, summed. Of a full matrix what lies above the diagonal is filled in last."""
 
-    names: frozenset[str]
-    total: Tensor
+    forms: Mapping[str, Any]
+    sums: torch.dtype
+    store: Store
 
+    def form(self, name: str) -> object:
+        return self.forms[name]
 
-@dataclass
-class _Counter:
-    layers: Mapping[str, Layer]
-    totals: dict[str, _Shared] = field(default_factory=dict)
+    def of(self, name: str, parts: Iterable[Part]) -> Tensor:
+        total: Tensor | None = None
+        for part in parts:
+            rows = part.rows if part.weights is None else part.rows * part.weights.sqrt()[:, None]
+            total = rows.new_zeros(_shape(self.forms[name], rows.shape[1])) if total is None else total
+            add_product(total, rows)
+        assert total is not None, "there is at least one part"
+        return total
 
-    @contextmanager
-    def watching(self, batch: Batch) -> Iterator[None]:
-        taps = _Taps(self, batch.get("attention_mask") if isinstance(batch, Mapping) else None)
-        handles = []
-        try:
-            for name, layer in self.layers.items():
-                handles.append(layer.register_forward_pre_hook(taps.hook(name), with_kwargs=True))
-            yield
-            taps.flush()
-        finally:
-            for handle in handles:
-                handle.remove()
+    def into(self, total: Tensor, found: Tensor) -> None:
+        add_into(total, found)
 
-    def see(self, batch: Batch) -> None:
-        """Everything was seen on the way."""
+    def sound(self, found: Tensor) -> Tensor:
+        return _energy(found).isfinite().all()
 
-    def add(self, names: frozenset[str], product: Tensor) -> None:
-        """Add a product to the matrix of these layers; one that other layers share is first taken apart."""
-        known = {id(shared): shared for name in names if (shared := self.totals.get(name)) is not None}
-        if not known:
-            self._share(names, torch.zeros_like(product, dtype=torch.float64))
-        elif len(known) > 1 or next(iter(known.values())).names != names:
-            self._split(names, known.values(), product)
-        if self.totals[min(names)].names == names:
-            self.totals[min(names)].total += product
-        else:
-            for name in names:
-                self.totals[name].total += product
-
-    def _share(self, names: frozenset[str], total: Tensor) -> None:
-        shared = _Shared(names, total)
-        self.totals.update(dict.fromkeys(names, shared))
-
-    def _split(self, names: frozenset[str], known: Iterable[_Shared], product: Tensor) -> None:
-        for shared in list(known):
-            for name in shared.names:
-                self._share(frozenset({name}), shared.total.clone())
-        for name in names - set(self.totals):
-            self._share(frozenset({name}), torch.zeros_like(product, dtype=torch.float64))
-
-    def result(self) -> dict[str, Tensor]:
-        made = {id(shared): shared.total.float() for shared in self.totals.values()}
-        return {name: made[id(self.totals[name])] for name in self.layers if name in self.totals}
+    def result(self, total: Tensor, rows: float) -> Tensor:
+        if total.dtype != torch.float32:
+            total = self.store.copy(total, torch.float32)
+        mirror(total)
+        return total
 
 
-class _Taps:
-    """The hooks of one forward pass. Layers that follow one another on one input share its product."""
-
-    def __init__(self, counter: _Counter, mask: Any):
-        self.counter, self.mask = counter, mask
-        self.key: tuple[Any, ...] | None = None
-        self.names: set[str] = set()
-        self.product: Tensor | None = None
-
-    def hook(self, name: str) -> Any:
-        def see(layer: Layer, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-            value = arguments[0] if arguments else keywords["input"]
-            form = _form(layer)
-            same = self.key is not None and self.key[0] is value and self.key[1:] == (value._version, form)
-            if not same or name in self.names:  # a layer that is called twice counts twice
-                self.flush()
-                rows = features(layer, value.detach(), self.mask)
-                self.key, self.product = (value, value._version, form), rows.T @ rows
-            self.names.add(name)
-
-        return see
-
-    def flush(self) -> None:
-        """Hand over the product that is waiting; only one input is kept alive at a time."""
-        if self.product is not None:
-            self.counter.add(frozenset(self.names), self.product)
-        self.key, self.product = None, None
-        self.names = set()
+def _shape(form: Any, inputs: int) -> tuple[int, ...]:
+    if form == "diagonal":
+        return (inputs,)
+    return (inputs, inputs) if form == "full" else (inputs // form, form, form)
 
 
-def _form(layer: Layer) -> tuple[Any, ...]:
-    """What of a layer decides which features it makes of its input."""
-    if isinstance(layer, nn.Linear):
-        return ()
-    return (layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.padding_mode)
+def _energy(found: Tensor) -> Tensor:
+    """The sums of squares: where an input is not finite, they are not."""
+    return found if found.dim() == 1 else found.diagonal(dim1=-2, dim2=-1)
 
 
-def features(layer: Layer, value: Tensor, mask: Tensor | None = None) -> Tensor:
-    """What a layer multiplies its flattened weight ``[out, in]`` with.
-
-    Args:
-        layer: a linear layer, or a convolution along one or two axes without groups.
-        value: what it is given, ``[..., in]`` or ``[n, channels, ...]``.
-        mask: ``[n, tokens]``, 0 for padding; its tokens are left out of ``[n, tokens, in]``.
-
-    Returns:
-        ``[rows, in]``, float32 or wider: positions, for a convolution patches.
-
-    >>> features(torch.nn.Conv1d(1, 1, 2), torch.tensor([[[1.0, 2.0, 3.0]]]))
-    tensor([[1., 2.],
-            [2., 3.]])
-    """
-    value = working(value)
-    if isinstance(layer, nn.Linear):
-        if mask is not None and value.dim() == 3 and value.shape[:2] == mask.shape:
-            value = value[mask.bool()]
-        return value.reshape(-1, layer.in_features)
-    flat = isinstance(layer, nn.Conv1d)
-    if value.dim() == (2 if flat else 3):  # one example without an axis for it
-        value = value[None]
-    how = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    value = functional.pad(value, layer._reversed_padding_repeated_twice, mode=how)
-    one: tuple[int, ...] = (1,) if flat else ()
-    sizes = ((*one, *setting) for setting in (layer.kernel_size, layer.dilation, layer.stride))
-    kernel, dilation, stride = sizes
-    patches = functional.unfold(value[:, :, None] if flat else value, kernel, dilation, 0, stride)
-    return patches.transpose(1, 2).reshape(-1, patches.shape[1])
+def add_product(total: Tensor, rows: Tensor) -> None:
+    """Add ``rows' rows`` to a total ``[in, in]``, of which the lower half is enough, ``[in / b, b, b]`` or ``[in]``."""
+    if total.dim() == 1:
+        total += rows.square().sum(dim=0)
+    elif total.dim() == 3:
+        blocks = rows.unflatten(1, total.shape[:2])
+        total.baddbmm_(blocks.permute(1, 2, 0), blocks.permute(1, 0, 2))
+    elif total.device.type != "cpu" or len(total) <= PANEL:
+        total.addmm_(rows.T, rows)
+    else:
+        # Half of the products is enough. Measured on a CPU: 0.70 to 0.74 of the time, for 576 to 3072 inputs.
+        for start in range(0, len(total), PANEL):
+            stop = start + PANEL
+            total[start:stop, :stop].addmm_(rows[:, start:stop].T, rows[:, :stop])
 
 
-def _layers(model: nn.Module, pattern: Pattern) -> dict[str, Layer]:
-    """Weight name -> layer, for every layer whose inputs say all about its weight."""
-    users: dict[int, list[bool]] = {}
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                users.setdefault(id(parameter), []).append(_is_layer(module))
-    able: dict[str, Layer] = {}
-    for name, module in model.named_modules():
-        # A weight that several layers use would need the sum over all of them.
-        if _is_layer(module) and users.get(id(module.weight)) == [True]:
-            able[f"{name}.weight" if name else "weight"] = module  # type: ignore[assignment]
-    chosen = {name: layer for name, layer in able.items() if matches(pattern, name)}
-    chosen_names(able, list(chosen), pattern)
-    return chosen
+def add_into(total: Tensor, found: Tensor) -> None:
+    """``total += found`` some rows at a time: torch makes a copy of what it adds in another dtype."""
+    for some, more in zip(total.split(PANEL), found.split(PANEL), strict=True):
+        some += more
 
 
-def _is_layer(module: nn.Module) -> bool:
-    if isinstance(module, nn.Conv1d | nn.Conv2d):
-        return module.groups == 1
-    return isinstance(module, nn.Linear)
+PANEL = 256
+"""Rows of a matrix that are taken together."""
+
+
+def mirror(total: Tensor) -> None:
+    """What lies below the diagonal, above it as well, in place: ``[..., d, d]``; a diagonal ``[d]`` stays."""
+    if total.dim() == 1:
+        return
+    for start in range(0, total.shape[-1], PANEL):
+        stop = start + PANEL
+        total[..., :start, start:stop] = total[..., start:stop, :start].mT
+        corner = total[..., start:stop, start:stop]
+        corner.copy_(corner.tril() + corner.tril(-1).mT)

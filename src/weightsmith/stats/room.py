@@ -8,10 +8,11 @@ Face models are understood.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from torch.nn import functional
 
 from weightsmith import progress
 from weightsmith.errors import Error, did_you_mean, listed
-from weightsmith.weights import Weights, same_names, working
+from weightsmith.weights import Lazy, Step, Weights, apply, same_names, working
 
 Batch = Any
 """What an iterable of data yields: ``inputs``, ``(inputs, labels)`` or a mapping, ``[n, ...]`` each."""
@@ -30,10 +31,14 @@ Forward = Callable[[Callable[..., Any], Batch], Tensor]
 Loss = Callable[[Callable[..., Any], Batch], Tensor]
 """``(model, batch) -> `` a number: minus the log-likelihood of the labels, summed over each example."""
 
-KIND, EXAMPLES = "weightsmith.statistic", "weightsmith.examples"
-"""Words in the metadata of statistics, for `combine`."""
+KIND, EXAMPLES, ROWS = "weightsmith.statistic", "weightsmith.examples", "weightsmith.rows"
+"""Words in the metadata of statistics, for `combine`. Rows are told by name, as JSON."""
 
 IGNORED = -100  # labels of this value count for nothing, as in PyTorch
+
+
+class NoneFits(Error):
+    """No weight of a model that a statistic speaks of fits its pattern."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,15 @@ class Counter(Protocol):
         ...
 
 
+@runtime_checkable
+class CountsRows(Protocol):
+    """A counter that some names have no result of: where none of the data came by."""
+
+    def rows(self) -> Mapping[str, float]:
+        """Every name it watches, and the rows (positions, patches) that its result rests on; 0 for no result."""
+        ...
+
+
 class Statistic(Protocol):
     """The settings of a statistic. ``kind`` is its word in the metadata."""
 
@@ -77,6 +91,7 @@ def collect(
     *,
     forward: Forward | None = None,
     loss: Loss | None = None,
+    group: Any = None,
 ) -> dict[str, Weights]:
     """Several statistics in one pass over the data.
 
@@ -87,6 +102,9 @@ def collect(
         statistics: what to gather, by names of your own: ``{"f": Fisher(), "g": Gram()}``.
         forward: ``(model, batch) -> logits [n, ...]``, where the default does not fit.
         loss: ``(model, batch) -> number``, where the default (cross-entropy) does not fit.
+        group: a process group of `torch.distributed`, or ``"world"``: each process gives its own share of the data,
+            which may be none, and gets what one process would have found in all of it (see `reduced`). What goes
+            wrong in one of them is an error in all.
 
     Returns:
         dict[str, Weights]: under the same names. The metadata count the examples, for `combine`.
@@ -103,17 +121,28 @@ def collect(
     if not statistics:
         raise Error('collect needs at least one statistic, such as {"fisher": weightsmith.stats.Fisher()}')
     access = Access(model, forward or default_forward, loss or default_loss)
+    if group is None:
+        return _gathered(access, batches, statistics, empty=False)
+    from weightsmith.stats._distributed import together
+
+    return together(lambda: _gathered(access, batches, statistics, empty=True), group)
+
+
+def _gathered(
+    access: Access, batches: Iterable[Batch], statistics: Mapping[str, Statistic], *, empty: bool
+) -> dict[str, Weights]:
+    """What this process finds in its data."""
     counters = {name: statistic.counter(access) for name, statistic in statistics.items()}
     total = len(batches) if isinstance(batches, Sequence) else 0
     examples = 0
-    with restored(model), progress.task("statistics", total) as advance:
+    with restored(access.model), progress.task("statistics", total) as advance:
         for batch in batches:
             examples += size(batch)
             _one(access, counters.values(), batch)
             advance(1)
-    if not examples:
+    if not examples and not empty:
         raise Error("statistics need at least one batch of data, got none")
-    return {name: _as_weights(counter.result(), statistics[name].kind, examples) for name, counter in counters.items()}
+    return {name: _as_weights(counter, statistics[name].kind, examples) for name, counter in counters.items()}
 
 
 def _one(access: Access, counters: Iterable[Counter], batch: Batch) -> None:
@@ -128,10 +157,10 @@ def _one(access: Access, counters: Iterable[Counter], batch: Batch) -> None:
         counter.see(batch)
 
 
-def _as_weights(found: Mapping[str, Tensor], kind: str, examples: int) -> Weights:
-    plain = Weights.of(found)
-    nodes = {name: plain.node(name) for name in plain}
-    return Weights(nodes, plain.lineage, metadata={KIND: kind, EXAMPLES: str(examples)})
+def _as_weights(counter: Counter, kind: str, examples: int) -> Weights:
+    rows = dict(counter.rows()) if isinstance(counter, CountsRows) else None
+    plain = Weights.of(counter.result())
+    return told({name: plain.node(name) for name in plain}, plain.lineage, Said(kind, examples, rows))
 
 
 @contextmanager
@@ -153,16 +182,18 @@ def restored(model: nn.Module) -> Iterator[None]:
 def combine(*statistics: Weights) -> Weights:
     """One statistic of several shards of data: what a single pass over all of them would have found.
 
-    Sums (Gram matrices) are added; means (Fisher information) are weighted by the examples they rest on.
+    Sums (Gram matrices) are added; means over examples (Fisher information) are weighted by the examples they rest on,
+    means over rows (of activations) by the rows; of maxima the largest is taken, norms are the root of the sum of
+    squares. A layer that one shard never called is combined of the others.
 
     Args:
         statistics: of one kind and one model; they may have been saved and opened again.
 
     Returns:
-        Weights: lazy, with the examples of all.
+        Weights: lazy, computed in float64, with the examples and rows of all.
 
     Raises:
-        ValueError: none given, different kinds or names, or weights that no statistic of this room made.
+        ValueError: none given, different kinds, names or shapes, or weights that no statistic of this room made.
 
     >>> layer, data = torch.nn.Linear(1, 1, bias=False), torch.tensor([[1.0], [2.0], [3.0]])
     >>> combine(ws.stats.gram(layer, [data[:1]]), ws.stats.gram(layer, [data[1:]]))["weight"]
@@ -170,37 +201,133 @@ def combine(*statistics: Weights) -> Weights:
     """
     if not statistics:
         raise Error("combine needs at least 1 statistic, got 0")
-    kinds, counts = zip(*(_said(found) for found in statistics), strict=True)
-    if len(set(kinds)) > 1:
-        raise Error(f"combine needs statistics of one kind, got {listed(sorted(set(kinds)))}")
-    first, total = statistics[0], sum(counts)
-    for other in statistics[1:]:
-        same_names(first, other, "combine needs statistics of one model")
-    parts = [count / total for count in counts] if kinds[0] in MEANS else [1.0] * len(counts)
-    # Not 0 + ..., so that one statistic alone stays as it is, and the sum is taken before it is rounded.
-    added = first.map(_weighted, *statistics[1:], options={"parts": lambda name: parts}) if len(counts) > 1 else first
-    nodes = {name: added.node(name) for name in added}
-    return Weights(nodes, added.lineage, metadata={KIND: kinds[0], EXAMPLES: str(total)})
+    said = [said_of(found) for found in statistics]
+    alike(said, statistics, "combine")
+    total = summed(said)
+    if len(statistics) == 1:
+        return statistics[0]
+    made: dict[object, Lazy] = {}
+    nodes: dict[str, Lazy] = {}
+    for name in dict.fromkeys(name for found in statistics for name in found):
+        those = [number for number, found in enumerate(statistics) if name in found]
+        members = [statistics[number].node(name) for number in those]
+        parts = [part_of(said[number], total, name) for number in those]
+        key = (tuple(map(id, members)), tuple(parts))
+        if key not in made:
+            try:
+                made[key] = apply(_combined, *members, options={"parts": parts, "rule": rule_of(total.kind)})
+            except Error as error:
+                raise Error(f"combine: {name}: {error}") from None
+        nodes[name] = made[key]
+    return told(nodes, Step("stats.combine", {}, tuple(found.lineage for found in statistics)), total)
 
 
-MEANS = ("fisher",)
+MEANS = ("curvature", "fisher", "gradients", "squared gradients")
 """Kinds that are means over examples; the others are sums."""
 
+ROW_MEANS = tuple(
+    f"activations {what} of {of}" for what in ("mean", "mean_absolute", "second_moment") for of in ("inputs", "outputs")
+)
+"""Kinds that are means over rows: positions of examples."""
 
-def _weighted(*found: Tensor, parts: Sequence[float]) -> Tensor:
-    total = torch.zeros_like(found[0], dtype=torch.float64)
-    for value, part in zip(found, parts, strict=True):
-        total.add_(value, alpha=part)
-    return total.to(found[0].dtype)
+NORMS = ("activations norm of inputs", "activations norm of outputs")
+"""Kinds that are roots of sums of squares."""
+
+MAXIMA = ("activations maximum of inputs", "activations maximum of outputs")
+"""Kinds of which the largest is taken."""
+
+Rule = Literal["sum", "mean", "row mean", "norm", "maximum"]
 
 
-def _said(found: Weights) -> tuple[str, int]:
+def rule_of(kind: str) -> Rule:
+    """How statistics of a kind are combined."""
+    rules: dict[Rule, Sequence[str]] = {"mean": MEANS, "row mean": ROW_MEANS, "norm": NORMS, "maximum": MAXIMA}
+    for rule, kinds in rules.items():
+        if kind in kinds:
+            return rule
+    return "sum"
+
+
+class Said(NamedTuple):
+    """What a statistic says of itself in its metadata."""
+
+    kind: str
+    examples: int
+    rows: dict[str, float] | None = None
+
+
+def said_of(found: Weights) -> Said:
+    """Read from its metadata; an error if these weights are no statistic."""
     try:
-        return found.metadata[KIND], int(found.metadata[EXAMPLES])
+        rows = json.loads(found.metadata[ROWS]) if ROWS in found.metadata else None
+        return Said(found.metadata[KIND], int(found.metadata[EXAMPLES]), rows)
     except (KeyError, ValueError):
         raise Error(
             "combine needs what weightsmith.stats made: these weights do not say of how many examples"
         ) from None
+
+
+def told(nodes: Mapping[str, Lazy], lineage: Step, said: Said) -> Weights:
+    """A statistic, with what it says of itself in its metadata."""
+    rows = {} if said.rows is None else {ROWS: json.dumps(said.rows, separators=(",", ":"))}
+    return Weights(nodes, lineage, metadata={KIND: said.kind, EXAMPLES: str(said.examples), **rows})
+
+
+def alike(said: Sequence[Said], names: Sequence[Iterable[str]], what: str) -> None:
+    """An error unless statistics are of one kind and one model: they have, or watched in vain, the same names."""
+    kinds = sorted({one.kind for one in said})
+    if len(kinds) > 1:
+        raise Error(f"{what} needs statistics of one kind, got {listed(kinds)}")
+    known = [
+        dict.fromkeys([*own, *(name for name, rows in (one.rows or {}).items() if not rows)])
+        for own, one in zip(names, said, strict=True)
+    ]
+    for other in known[1:]:
+        same_names(known[0], other, f"{what} needs statistics of one model")
+
+
+def summed(said: Sequence[Said]) -> Said:
+    """What their combination says of itself."""
+    every = [one.rows for one in said if one.rows is not None]
+    rows = None
+    if len(every) == len(said):
+        rows = {name: sum(own.get(name, 0) for own in every) for own in every for name in own}
+    return Said(said[0].kind, sum(one.examples for one in said), rows)
+
+
+def part_of(one: Said, total: Said, name: str) -> float:
+    """What a statistic of some of the data counts in that of all, before `combined_of`."""
+    rule = rule_of(one.kind)
+    if rule == "mean":
+        return one.examples / max(total.examples, 1)
+    if rule != "row mean":
+        return 1.0
+    if one.rows is None or total.rows is None or name not in one.rows:
+        raise Error(f"the statistic does not say on how many rows {name} rests; combine before renaming")
+    return one.rows[name] / max(total.rows[name], 1)
+
+
+def entered(found: Tensor, rule: Rule, part: float) -> Tensor:
+    """What is added up (or the largest taken of), float64."""
+    wide = found.double()
+    return wide.square() if rule == "norm" else wide * part
+
+
+def left(total: Tensor, rule: Rule) -> Tensor:
+    """What the total says."""
+    return total.sqrt() if rule == "norm" else total
+
+
+def _combined(*found: Tensor, parts: Sequence[float], rule: Rule) -> Tensor:
+    total: Tensor | None = None
+    for value, part in zip(found, parts, strict=True):
+        one = entered(value, rule, part)
+        if total is None:
+            total = one
+        else:
+            total = torch.maximum(total, one) if rule == "maximum" else total.add_(one)
+    assert total is not None, "combine makes no node of nothing"
+    return left(total, rule).to(found[0].dtype)
 
 
 # Batches
@@ -284,4 +411,4 @@ def chosen_names(names: Iterable[str], chosen: Sequence[str], pattern: object) -
     """An error if a pattern fits no name."""
     if not chosen:
         names = list(names)
-        raise Error(f"no weight to gather statistics of fits {pattern!r}{did_you_mean(str(pattern), names)}")
+        raise NoneFits(f"no weight to gather statistics of fits {pattern!r}{did_you_mean(str(pattern), names)}")

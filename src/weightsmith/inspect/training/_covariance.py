@@ -20,8 +20,8 @@ from weightsmith.card import card
 from weightsmith.errors import Error, did_you_mean
 from weightsmith.inspect._models import untouched
 from weightsmith.inspect._report import Line, Plot, Report
-from weightsmith.inspect._spectra import effective_rank
 from weightsmith.inspect.training._parts import at_least, cosine
+from weightsmith.solve import effective_rank
 from weightsmith.weights import working
 
 Contrast = Literal["simple", "nce"]

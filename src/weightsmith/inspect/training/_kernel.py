@@ -23,8 +23,8 @@ from weightsmith.inspect._models import parameters_of, untouched
 from weightsmith.inspect._parts import Source
 from weightsmith.inspect._plain import layer_of
 from weightsmith.inspect._report import Line, Plot, Report
-from weightsmith.inspect._spectra import effective_rank
 from weightsmith.inspect.training._parts import at_least
+from weightsmith.solve import effective_rank
 from weightsmith.stats import fitted, project
 from weightsmith.stats.room import default_forward
 from weightsmith.weights import Pattern, working

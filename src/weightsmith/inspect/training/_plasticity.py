@@ -21,8 +21,8 @@ from weightsmith.errors import Error, listed
 from weightsmith.inspect._models import untouched
 from weightsmith.inspect._parts import Source
 from weightsmith.inspect._report import Line, Plot, Report
-from weightsmith.inspect._spectra import effective_rank
 from weightsmith.inspect.training._parts import middle
+from weightsmith.solve import effective_rank
 from weightsmith.stats import Batch, Forward, Loss, example_gradients, fitted
 from weightsmith.stats.room import default_forward
 from weightsmith.weights import Pattern, matches, working

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from weightsmith import progress
 from weightsmith.card import card
 from weightsmith.errors import Error
 from weightsmith.graph import UnitGraph
+from weightsmith.prune._controls import Train, row
 from weightsmith.prune.structured._allocate import allocate
 from weightsmith.prune.structured._costs import Cost, parameters
 from weightsmith.prune.structured._modules import Initialise, cut_module, reinitialised
@@ -26,9 +27,6 @@ from weightsmith.weights import Weights
 
 if TYPE_CHECKING:
     from weightsmith.inspect import Report
-
-Train = Callable[[nn.Module, int, int], Any]
-"""``(model, epochs, seed)``: trains in place."""
 
 
 @card(
@@ -104,10 +102,10 @@ def controls(
             shares.append(_share(cost, graph, drawn))
             measured("random structure", reinitialised(cut_module(model, graph, drawn), seed, initialise), epochs, seed)
     lengths = {"fine-tuned": tuned, "scratch-E": epochs, "scratch-B": longer, "random structure": epochs}
-    rows = [_row("whole", [float(evaluate(model))], 1.0, 0), _row("cut", [float(evaluate(made))], share, 0)]
+    rows = [row("whole", [float(evaluate(model))], 1.0, 0), row("cut", [float(evaluate(made))], share, 0)]
     for name, found in runs.items():
         part = statistics.fmean(shares) if name == "random structure" else share
-        rows.append(_row(name, found, part, lengths[name]))
+        rows.append(row(name, found, part, lengths[name]))
     gain = statistics.fmean(runs["fine-tuned"]) - statistics.fmean(runs["scratch-B"])
     return Report(
         "A cut network and its controls",
@@ -118,11 +116,6 @@ def controls(
             f"much as the whole network, or {longest:g} times as long."
         ],
     )
-
-
-def _row(name: str, found: Sequence[float], share: float, epochs: int) -> dict[str, Any]:
-    spread = statistics.stdev(found) if len(found) > 1 else 0.0
-    return {"network": name, "quality": statistics.fmean(found), "spread": spread, "cost": share, "epochs": epochs}
 
 
 def _share(cost: Cost, graph: UnitGraph, kept: Mapping[str, Tensor]) -> float:

@@ -7,21 +7,18 @@ the unit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from weightsmith import progress
 from weightsmith.card import card
 from weightsmith.errors import Error
 from weightsmith.graph import UnitGraph
-from weightsmith.prune.structured._modules import cuda_devices
+from weightsmith.prune._autograd import free_parameters, gradients
 from weightsmith.prune.structured._parts import Normalise, as_scores, cuttable, masked_by, per_unit
-from weightsmith.stats.room import Batch, Loss, default_loss, mapped, restored, size
+from weightsmith.stats.room import Batch, Loss, mapped, size
 from weightsmith.weights import Weights
 
 
@@ -167,42 +164,3 @@ def mask_gradients(
             advance(1)
         if not seen:
             raise Error("gradients of units need at least one batch of data, got none")
-
-
-@contextmanager
-def free_parameters(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
-    """Stand-ins for parameters, to be differentiated by; tied names have one each, so that each use is known apart.
-
-    The model is in evaluation mode inside, and afterwards as it was; so is the random state.
-    """
-    own = dict(model.named_parameters(remove_duplicate=False))
-    absent = [name for name in names if name not in own]
-    if absent:
-        raise Error(f"the graph is of another model: this one has no parameter {absent[0]!r}")
-    with restored(model), torch.random.fork_rng(devices=cuda_devices(model)), torch.enable_grad():
-        yield {name: own[name].detach().requires_grad_() for name in names}
-
-
-def gradients(
-    model: nn.Module, parameters: Mapping[str, Tensor], batch: Batch, loss: Loss | None, create_graph: bool = False
-) -> dict[str, Tensor]:
-    """The gradient of a batch's loss by parameters that stand in for the model's own."""
-    value = called_loss(model, parameters, batch, loss)
-    found = torch.autograd.grad(value, list(parameters.values()), create_graph=create_graph, materialize_grads=True)
-    return dict(zip(parameters, found, strict=True))
-
-
-def called_loss(model: nn.Module, parameters: Mapping[str, Tensor], batch: Batch, loss: Loss | None) -> Tensor:
-    """The loss of a batch with other parameters in the model.
-
-    Raises:
-        Error: it is not one number.
-    """
-
-    def called(*inputs: Any, **named: Any) -> Any:
-        return functional_call(model, dict(parameters), inputs, named, tie_weights=False)
-
-    value = (loss or default_loss)(called, batch)
-    if not isinstance(value, Tensor) or value.numel() != 1:
-        raise Error(f"loss= must return one number, got {list(getattr(value, 'shape', ()))}")
-    return value.sum()

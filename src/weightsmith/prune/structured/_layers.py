@@ -19,7 +19,7 @@ from torch.nn import functional
 from weightsmith import progress
 from weightsmith.card import card
 from weightsmith.errors import Error, listed
-from weightsmith.prune.structured._gradients import called_loss, free_parameters
+from weightsmith.prune._autograd import called_loss, free_parameters
 from weightsmith.stats.room import Batch, Forward, Loss, default_forward, default_loss, restored, size
 from weightsmith.weights import Weights, working
 

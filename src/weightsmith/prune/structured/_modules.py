@@ -11,6 +11,7 @@ from torch import nn
 
 from weightsmith.errors import Error
 from weightsmith.graph import UnitGraph
+from weightsmith.prune._autograd import cuda_devices
 
 Initialise = Callable[[nn.Module], Any]
 """Gives a whole module fresh weights, in place, from the random state that it finds."""
@@ -58,8 +59,3 @@ def reinitialised(model: nn.Module, seed: int = 0, initialise: Initialise | None
             raise Error(f"{error}; or give initialise=(module) -> None") from None
         drawn.load_into(made)
     return made
-
-
-def cuda_devices(model: nn.Module) -> list[int]:
-    """The numbers of the devices whose random state drawing for a module may change."""
-    return sorted({parameter.device.index or 0 for parameter in model.parameters() if parameter.is_cuda})

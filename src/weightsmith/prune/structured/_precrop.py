@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from weightsmith.card import card
 from weightsmith.errors import Error
 from weightsmith.graph import UnitGraph
+from weightsmith.prune._flow import flow_scores
 from weightsmith.prune.structured._costs import Cost, parameters
-from weightsmith.prune.structured._gradients import free_parameters
 from weightsmith.prune.structured._modules import Initialise, cut_module, reinitialised
 from weightsmith.prune.structured._parts import cuttable
 
@@ -209,30 +209,8 @@ def synflow_densities(model: nn.Module, example: Tensor, density: float, rounds:
     Raises:
         Error: inputs are not floats, a density outside (0, 1], or a flow that is not finite.
     """
-    if not example.is_floating_point():
-        raise Error(f"synaptic flow needs inputs of floats, got {example.dtype}; take density='erk'")
-    if not 0 < density <= 1 or rounds < 1:
-        raise Error(f"a density is above 0 and at most 1, in at least 1 round; got {density:g} and {rounds}")
-    every = dict(model.named_parameters())
-    matrices = [name for name, p in every.items() if p.dim() > 1]
-    ones = torch.ones_like(example[:1], dtype=torch.float64)
-    with free_parameters(model, every) as given:
-        sizes = {name: value.detach().abs().double() for name, value in given.items()}
-        buffers = {name: b.abs().double() if b.is_floating_point() else b for name, b in model.named_buffers()}
-        masks = {name: torch.ones_like(sizes[name], dtype=torch.bool) for name in matrices}
-        total = sum(sizes[name].numel() for name in matrices)
-        for turn in range(1, rounds + 1):
-            masked = {n: (s * masks[n] if n in masks else s).requires_grad_() for n, s in sizes.items()}
-            flow: Any = torch.func.functional_call(model, masked | buffers, (ones,))
-            flow = getattr(flow, "logits", flow).sum()
-            slopes = torch.autograd.grad(flow, [masked[n] for n in matrices], materialize_grads=True)
-            scores = torch.cat([(masked[n].detach() * g).flatten() for n, g in zip(matrices, slopes, strict=True)])
-            if not scores.isfinite().all():
-                raise Error("the synaptic flow is not finite; take density='erk'")
-            scores = torch.where(torch.cat([masks[n].flatten() for n in matrices]), scores, -1.0)
-            keep = max(round(total * density ** (turn / rounds)), 1)
-            left = torch.zeros(total, dtype=torch.bool, device=scores.device)
-            left[scores.topk(keep).indices] = True
-            parts = left.split([masks[name].numel() for name in matrices])
-            masks = {name: part.view_as(masks[name]) for name, part in zip(matrices, parts, strict=True)}
-    return {name: max(float(mask.double().mean()), 1 / mask.numel()) for name, mask in masks.items()}
+    if not 0 < density <= 1:
+        raise Error(f"a density is above 0 and at most 1, got {density:g}")
+    matrices = [name for name, p in model.named_parameters() if p.dim() > 1]
+    scores = flow_scores(model, example, 1 - density, matrices, rounds)
+    return {name: max(float((score >= 0).double().mean()), 1 / score.numel()) for name, score in scores.items()}

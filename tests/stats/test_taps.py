@@ -1,0 +1,98 @@
+"""Which layers, which rows, how much at once, and where sums live."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from weightsmith.errors import Error
+from weightsmith.stats import _taps, features, gram
+from weightsmith.stats._taps import Store, layers_of, outputs, runs
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+LAYERS = {
+    "linear": (nn.Linear(5, 3), (7, 5)),
+    "linear over positions": (nn.Linear(5, 3), (2, 4, 5)),
+    "one row alone": (nn.Linear(5, 3), (5,)),
+    "convolution": (nn.Conv2d(2, 3, (3, 2), stride=(2, 1), padding=(1, 2), dilation=(1, 2)), (2, 2, 7, 6)),
+    "one example alone": (nn.Conv2d(2, 3, 2), (2, 5, 5)),
+    "along one axis": (nn.Conv1d(2, 3, 3, padding=1, stride=2, padding_mode="circular"), (4, 2, 9)),
+    "one example along one axis": (nn.Conv1d(2, 3, 3), (2, 9)),
+    "no example": (nn.Conv2d(2, 3, 2), (0, 2, 5, 5)),
+}
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_row_of_features_times_the_weight_is_a_row_of_outputs(kind: str):
+    layer, shape = LAYERS[kind]
+    value = random(*shape)
+    made = features(layer, value) @ layer.weight.flatten(1).T + layer.bias
+    torch.testing.assert_close(made, outputs(layer, layer(value)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("at_once", [1, 20, 10**9])
+def test_runs_are_the_whole_in_order(kind: str, at_once: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(_taps, "AT_ONCE", at_once)
+    layer, shape = LAYERS[kind]
+    value = random(*shape)
+    beside = torch.arange(len(_taps.by_row(layer, value)))
+    found = list(runs(layer, value, beside, None))
+    torch.testing.assert_close(torch.cat([features(layer, one) for one, _, _ in found]), features(layer, value))
+    assert torch.cat([other for _, other, _ in found]).tolist() == beside.tolist()
+    assert all(nothing is None for _, _, nothing in found)
+    assert len(found) == 1 if at_once == 10**9 else len(found) >= min(len(beside), 1)
+    if at_once == 1:
+        assert len(found) == max(len(beside), 1)
+
+
+def test_large_inputs_are_taken_a_piece_at_a_time(monkeypatch: pytest.MonkeyPatch):
+    weights, mask = random(5, 7, seed=3).abs(), (random(5, 7, seed=4) > 0).long()
+    for layer, shape in ((nn.Linear(4, 2), (5, 7, 4)), (nn.Conv2d(2, 3, 2, padding=1), (5, 2, 6, 3))):
+        batch = {"x": random(*shape), "attention_mask": mask}
+        tokens = (lambda batch: weights) if len(shape) == 3 else (lambda batch: weights[:, 0])
+        settings = {"tokens": tokens, "forward": lambda model, batch: model(batch["x"])}
+        whole = gram(layer, [batch], **settings)
+        with monkeypatch.context() as patch:
+            patch.setattr(_taps, "AT_ONCE", 20)
+            torch.testing.assert_close(gram(layer, [batch], **settings)["weight"], whole["weight"])
+
+
+def test_the_first_sums_are_in_memory_and_the_rest_in_files(tmp_path):
+    store = Store(tmp_path, 100)
+    small = store.zeros(torch.zeros(3), torch.float64)
+    large = store.zeros(torch.zeros(50, 50), torch.float64)
+    assert store.files == {large.data_ptr()}
+    assert large.shape == (50, 50)
+    assert large.dtype == torch.float64
+    assert not large.any()
+    large[3, 4] = 7
+    assert store.copy(large).data_ptr() in store.files
+    assert store.copy(large, torch.float32)[3, 4] == 7
+    assert store.copy(small).data_ptr() not in store.files
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_an_error_at_once(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
+    with pytest.raises(Error, match="no room for sums of 64 bytes: No space left on device"):
+        gram(nn.Linear(4, 2), [random(2, 4)], store=tmp_path, sums=torch.float32)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_weight_that_something_else_uses_is_left_out():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Conv1d(4, 4, 1, groups=2), nn.ConvTranspose1d(4, 4, 1))
+    model.append(nn.Linear(4, 4))
+    model[4].weight = model[1].weight
+    assert set(layers_of(model, "*")) == {"0.weight"}
