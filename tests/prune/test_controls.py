@@ -64,6 +64,39 @@ def test_the_table():
     assert few["network"] == ["whole", "pruned", "random"]
 
 
+def test_no_control_begins_with_the_models_own_start_and_its_mode_is_its_own():
+    model = net()  # built after torch.manual_seed(0)
+    mask = {"2.weight": torch.arange(400).reshape(40, 10) % 2 == 0}
+    starts = []
+
+    def evaluate(made: nn.Module) -> float:
+        made.eval()
+        return 0.0
+
+    controls(model, mask, lambda m, *a: starts.append(copy.deepcopy(m)), evaluate, epochs=1, seeds=(0,))
+    for place, start in enumerate(starts):
+        same = (start.get_parameter("0.weight") == model.get_parameter("0.weight")).any()
+        assert bool(same) == (place < 2)
+    assert model.training
+
+
+def test_what_cannot_be_had_is_found_before_training():
+    class Odd(nn.Sequential):
+        def __init__(self, *parts):
+            super().__init__(*parts)
+            self.gain = nn.Parameter(torch.ones(()))
+
+    half, calls = {"0.weight": torch.arange(200).reshape(10, 20) < 100}, []
+    with pytest.raises(Error, match=r"reset_parameters draws gain; .* initialise="):
+        controls(Odd(*net()), half, lambda *a: calls.append(a), lambda m: 0.0, epochs=1)
+    given = [half, half, {"0.weight": half["0.weight"].T}]
+    with pytest.raises(Error, match=r"the mask of 0.weight is torch.bool \[20, 10\]"):
+        oracle_correlation(net(), given, lambda *a: calls.append(a), lambda m: 0.0)
+    assert not calls
+    controls(Odd(*net()), half, lambda *a: calls.append(a), lambda m: 0.0, epochs=1, rows=("fine-tuned", "shuffled"))
+    assert len(calls) == 2
+
+
 def test_shuffled_masks_keep_the_counts():
     mask = {"a": torch.rand(7, 9) < 0.3, "b": torch.rand(7, 9) < 0.3, "c": torch.ones(4, 2, dtype=torch.bool)}
     one, other, again = (shuffled(mask, seed) for seed in (0, 1, 0))

@@ -27,6 +27,7 @@ OPTIMIZERS = {
     "momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.1),
     "adam": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1),
     "foreach": lambda p: torch.optim.Adam(p, lr=0.01, foreach=True),
+    "fused": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1, fused=True),
     "rprop": lambda p: torch.optim.Rprop(p),
     "whole matrices": lambda p: torch.optim.Muon([q for q in p if q.dim() == 2], lr=0.05),
 }
@@ -96,6 +97,43 @@ def test_frozen_and_tied_parameters():
     mask = torch.eye(3, dtype=torch.bool)
     with holding(model, {"1.weight": mask}):
         assert not layer.weight[~mask].any()
+
+
+def test_masks_of_one_tied_parameter():
+    layer = nn.Linear(3, 3, bias=False)
+    model, eye = nn.Sequential(layer, layer), torch.eye(3, dtype=torch.bool)
+    with holding(model, {"0.weight": eye, "1.weight": eye.clone()}):
+        assert not layer.weight[~eye].any()
+    with pytest.raises(Error, match=r"1.weight is tied to another parameter .* masks differ"):
+        holding(model, {"0.weight": eye, "1.weight": ~eye}).__enter__()
+
+
+def test_nothing_is_left_behind_whoever_stops():
+    from torch.optim import optimizer as registry
+
+    hooks = registry._global_optimizer_post_hooks
+    before = len(hooks)
+    model = net()
+    other = nn.Parameter(torch.ones(3))
+    with pytest.raises(KeyboardInterrupt), holding(model, some(model)):
+        assert len(hooks) == before + 1
+        raise KeyboardInterrupt
+    assert len(hooks) == before
+    assert all(not p._backward_hooks for p in model.parameters())
+    with holding(model, some(model)), holding(net(), {}):  # one inside another; an optimizer that knows neither
+        torch.optim.SGD([other], lr=1.0).step()
+    assert len(hooks) == before
+    assert other.eq(1).all()
+
+
+def test_masks_that_are_weights():
+    import weightsmith as ws
+
+    model = net()
+    mask = ws.prune.magnitude(model, 0.5, action="mask")
+    with holding(model, mask):
+        pass
+    assert ws.prune.sparsity_of(model) == pytest.approx(0.5, abs=0.02)
 
 
 def test_refusals():

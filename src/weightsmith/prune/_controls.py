@@ -19,9 +19,8 @@ from weightsmith import progress
 from weightsmith.card import card
 from weightsmith.errors import Error
 from weightsmith.prune import _random
-from weightsmith.prune._holding import holding
+from weightsmith.prune._holding import checked, holding
 from weightsmith.prune.room import lift
-from weightsmith.solve import seed_for
 
 if TYPE_CHECKING:
     from weightsmith.inspect import Report
@@ -31,6 +30,8 @@ Train = Callable[[nn.Module, int, int], Any]
 
 Control = Literal["fine-tuned", "shuffled", "fresh weights", "equal computing", "random", "uniform"]
 CONTROLS: tuple[Control, ...] = get_args(Control)
+INHERITING = ("fine-tuned", "shuffled")
+"""Those that begin with the model's weights."""
 
 _drawn = lift(_random.random)
 
@@ -81,7 +82,8 @@ def controls(
         deviation over the seeds, the share of the masked tensors' elements that is kept, and the epochs.
 
     Raises:
-        Error: no seed, no epoch, an unknown control, a mask that does not fit, or one that keeps everything or nothing.
+        Error: no seed, no epoch, an unknown control, a mask that does not fit, one that keeps everything or nothing, or
+            parameters that no part knows how to draw.
     """
     from weightsmith.inspect import Report
 
@@ -91,6 +93,7 @@ def controls(
     if not seeds or epochs < 1:
         raise Error(f"controls needs at least 1 seed and 1 epoch, got {len(seeds)} and {epochs}")
     masks = {name: value.bool() for name, value in mask.items()}
+    checked(model, masks)
     kept, total = sum(int(m.sum()) for m in masks.values()), sum(m.numel() for m in masks.values())
     if not 0 < kept < total:
         raise Error(f"controls needs a mask that keeps some weights and removes some; this one keeps {kept} of {total}")
@@ -98,7 +101,9 @@ def controls(
     tuned = epochs if tune_epochs is None else tune_epochs
     longer = round(epochs * min(1 / density, longest))
     lengths = {"fine-tuned": tuned, "shuffled": tuned, "equal computing": longer}
-    pruned = copy.deepcopy(model)
+    if set(rows) - set(INHERITING):
+        _start("fresh weights", model, masks, density, 0, initialise)  # whether it can be had is found before training
+    whole, pruned = copy.deepcopy(model), copy.deepcopy(model)
     with holding(pruned, masks):
         pass
     found: dict[str, list[float]] = {name: [] for name in rows}
@@ -110,7 +115,7 @@ def controls(
                     train(start, lengths.get(name, epochs), seed)
                 found[name].append(float(evaluate(start)))
                 advance(1)
-    table = [row("whole", [float(evaluate(model))], 1.0, 0), row("pruned", [float(evaluate(pruned))], density, 0)]
+    table = [row("whole", [float(evaluate(whole))], 1.0, 0), row("pruned", [float(evaluate(pruned))], density, 0)]
     table += [row(name, values, density, lengths.get(name, epochs)) for name, values in found.items()]
     means = {name: statistics.fmean(values) for name, values in found.items()}
     figures: dict[str, Any] = {
@@ -141,9 +146,7 @@ def _start(
     """What a control begins with: a module of its own, and its mask."""
     from weightsmith.prune.structured import reinitialised
 
-    fresh = name not in ("fine-tuned", "shuffled")
-    # A seed of its own: the caller's may be the one that the model itself began with.
-    start = reinitialised(model, seed_for(seed, "fresh weights"), initialise) if fresh else copy.deepcopy(model)
+    start = copy.deepcopy(model) if name in INHERITING else reinitialised(model, seed, initialise)
     if name in ("shuffled", "random"):
         return start, shuffled(masks, seed)
     if name == "uniform":
@@ -225,6 +228,8 @@ def oracle_correlation(
 
     if len(masks) < 3:
         raise Error(f"oracle_correlation needs at least 3 masks, got {len(masks)}")
+    for mask in masks:
+        checked(model, mask)
     losses: list[tuple[float, float]] = []
     with progress.task("oracle correlation", len(masks)) as advance:
         for mask in masks:

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.hooks import RemovableHandle
 
 from weightsmith.errors import Error, listed
+from weightsmith.weights import Weights
 
 
 @contextmanager
@@ -26,7 +28,8 @@ def holding(module: nn.Module, masks: Mapping[str, Tensor]) -> Iterator[None]:
         masks: parameter -> ``[*shape]`` boolean, true where a weight is kept; in memory for as long.
 
     Raises:
-        Error: a mask that fits no parameter, or that is not boolean; afterwards, parameters that were replaced.
+        Error: a mask that fits no parameter or is not boolean, names of one tied parameter with masks that differ;
+            afterwards, parameters that were replaced.
 
     >>> layer = torch.nn.Linear(2, 1, bias=False)
     >>> optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, weight_decay=0.1)
@@ -44,13 +47,12 @@ def holding(module: nn.Module, masks: Mapping[str, Tensor]) -> Iterator[None]:
             parameter.masked_fill_(out.on(parameter), 0)
 
     zero()
-    handles = [
-        parameter.register_hook(lambda slope, out=out: slope.masked_fill(out.on(slope), 0))
-        for parameter, out in outside.items()
-        if parameter.requires_grad
-    ]
-    handles.append(register_optimizer_step_post_hook(zero))
+    handles: list[RemovableHandle] = []
     try:
+        for parameter, out in outside.items():
+            if parameter.requires_grad:
+                handles.append(parameter.register_hook(lambda slope, out=out: slope.masked_fill(out.on(slope), 0)))
+        handles.append(register_optimizer_step_post_hook(zero))
         yield
     finally:
         for handle in handles:
@@ -77,18 +79,26 @@ class _Out:
         return self.out
 
 
-def _outside(module: nn.Module, masks: Mapping[str, Tensor]) -> dict[nn.Parameter, _Out]:
+def checked(module: nn.Module, masks: Mapping[str, Tensor], kind: torch.dtype | None = None) -> None:
+    """An error if masks do not fit a module; `Weights` are not read for it."""
     parameters = dict(module.named_parameters(remove_duplicate=False))
     unknown = [name for name in masks if name not in parameters]
     if unknown:
         raise Error(f"masks of {listed(unknown)}: the module has no such parameters; it has {listed(parameters)}")
+    for name in masks:
+        mask, shape = masks.spec(name) if isinstance(masks, Weights) else masks[name], parameters[name].shape
+        if tuple(mask.shape) != shape or kind not in (None, mask.dtype):
+            raise Error(f"the mask of {name} is {mask.dtype} {list(mask.shape)}; needed is a boolean one of {list(shape)}")
+
+
+def _outside(module: nn.Module, masks: Mapping[str, Tensor]) -> dict[nn.Parameter, _Out]:
+    checked(module, masks, torch.bool)
+    parameters = dict(module.named_parameters(remove_duplicate=False))
     found: dict[nn.Parameter, _Out] = {}
     for name, mask in masks.items():
         parameter = parameters[name]
-        if mask.dtype != torch.bool or mask.shape != parameter.shape:
-            raise Error(
-                f"the mask of {name} is {mask.dtype} {list(mask.shape)}; needed is a boolean one of "
-                f"{list(parameter.shape)}"
-            )
-        found[parameter] = _Out(~mask.to(parameter.device))
+        out = ~mask.to(parameter.device)
+        if parameter in found and not torch.equal(found[parameter].out, out):
+            raise Error(f"{name} is tied to another parameter with a mask, and their masks differ; give one of them")
+        found[parameter] = _Out(out)
     return found

@@ -10,6 +10,7 @@ import math
 import re
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,12 +24,31 @@ def kept_of_groups(score: Tensor, *, keep: int, group: int) -> Tensor:
 
     Args:
         score: ``[rows, ...]``; the axes after the first are one run of inputs.
+        keep: how many of a run, from 0 to ``group``.
+        group: the length of a run; a row is a whole number of them.
+
+    Returns:
+        ``[rows, ...]``, true where a score is among the highest. NaN counts as higher than all numbers.
     """
-    runs = score.reshape(len(score), -1, group)
-    order = keys(runs).argsort(dim=-1, descending=True, stable=True)
-    mask = torch.zeros(runs.shape, dtype=torch.bool, device=score.device)
-    mask.scatter_(-1, order[..., :keep], True)
+    if not score.numel() or not 0 < keep < group:
+        return torch.full(score.shape, keep > 0, dtype=torch.bool, device=score.device)
+    runs = keys(score).reshape(-1, group)
+    level = _nth_highest(runs, keep)
+    mask = runs >= level
+    if int(mask.count_nonzero()) > keep * len(runs):  # ties at the level: of those the first
+        many = mask.sum(dim=-1) > keep
+        equal, above = runs[many] == level[many], runs[many] > level[many]
+        left = keep - above.sum(dim=-1, keepdim=True)
+        mask[many] = above | (equal & (equal.cumsum(dim=-1) <= left))
     return mask.reshape(score.shape)
+
+
+def _nth_highest(runs: Tensor, place: int) -> Tensor:
+    """The value at a place from the top of each run, ``[runs, 1]``, counted from 1."""
+    if runs.is_cpu:  # numpy selects where torch sorts: ten to thirty times as fast
+        at = runs.shape[-1] - place
+        return torch.from_numpy(np.partition(runs.numpy(), at, axis=-1)[:, at : at + 1])
+    return runs.sort(dim=-1, descending=True).values[:, place - 1 : place]
 
 
 def pattern_of(sparsity: str, option: str = "sparsity") -> tuple[int, int]:

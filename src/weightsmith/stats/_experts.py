@@ -20,8 +20,8 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from weightsmith.errors import Error
-from weightsmith.stats._gram import add_into, add_product, check_sums, mirror
-from weightsmith.stats._taps import AT_ONCE, Store, apart, not_finite
+from weightsmith.stats._gram import add_into, add_product, check_sums, finite, mirror
+from weightsmith.stats._taps import AT_ONCE, Store, apart, look
 from weightsmith.stats.room import Access, Batch, Forward, chosen_names, collect, size
 from weightsmith.weights import Pattern, Weights, matches, working
 
@@ -55,7 +55,7 @@ def expert_gram(
     Args:
         model: asked in evaluation mode and left as it was. It must multiply with the parameter itself, through
             ``torch.nn.functional.linear`` or ``grouped_mm``: in transformers, ``experts_implementation`` is ``"eager"``
-            or ``"grouped_mm"``; with a copy in another dtype or order (``"batched_mm"``, autocast) nothing is seen.
+            or ``"grouped_mm"``; where it multiplies with a copy (``"batched_mm"``) nothing is seen.
         batches: ``inputs``, ``(inputs, labels)`` or mappings. Padded tokens count, if the model sends them to experts:
             leave padding out of the data.
         form: ``"full"``, or ``"diagonal"``: of each input its sum of squares.
@@ -121,7 +121,7 @@ class _Counter:
     store: Store
     totals: dict[str, Tensor] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
-    checks: list[tuple[str, Tensor]] = field(default_factory=list)
+    checks: list[tuple[list[str], Tensor]] = field(default_factory=list)
     batches: int = 0
 
     @contextmanager
@@ -136,9 +136,7 @@ class _Counter:
                 "none of these parameters was seen in a product: the model multiplies with copies of them, or they lie "
                 "[experts, in, out]. In transformers, choose experts_implementation='eager' or 'grouped_mm'"
             )
-        for name, sound in self.checks:
-            if not sound:
-                raise not_finite("inputs", [name], self.batches)
+        look("inputs", self.checks, self.batches)
         self.checks.clear()
 
     def add(self, name: str, expert: int, rows: Tensor) -> None:
@@ -152,8 +150,7 @@ class _Counter:
             found = torch.zeros(shape, dtype=working(rows[:0]).dtype, device=rows.device)
             for some in rows.split(max(AT_ONCE // inputs, 1)):
                 add_product(found, working(some))
-            energy = found.diagonal() if self.form == "full" else found
-            self.checks.append((name, energy.isfinite().all()))
+            self.checks.append(([name], finite(found)))
             total = self.totals[name][expert]
             add_into(total, found.to(total.device))
             self.counts[name] = self.counts.get(name, 0) + len(rows)

@@ -146,7 +146,7 @@ class _Products:
         add_into(total, found)
 
     def sound(self, found: Tensor) -> Tensor:
-        return _energy(found).isfinite().all()
+        return finite(found)
 
     def result(self, total: Tensor, rows: float) -> Tensor:
         if total.dtype != torch.float32:
@@ -161,9 +161,10 @@ def _shape(form: Any, inputs: int) -> tuple[int, ...]:
     return (inputs, inputs) if form == "full" else (inputs // form, form, form)
 
 
-def _energy(found: Tensor) -> Tensor:
-    """The sums of squares: where an input is not finite, they are not."""
-    return found if found.dim() == 1 else found.diagonal(dim1=-2, dim2=-1)
+def finite(found: Tensor) -> Tensor:
+    """Whether the sums of squares are, as float32: where an input is not finite, they are not. One boolean."""
+    energy = found if found.dim() == 1 else found.diagonal(dim1=-2, dim2=-1)
+    return energy.float().isfinite().all()
 
 
 def add_product(total: Tensor, rows: Tensor) -> None:
@@ -183,9 +184,14 @@ def add_product(total: Tensor, rows: Tensor) -> None:
 
 
 def add_into(total: Tensor, found: Tensor) -> None:
-    """``total += found`` some rows at a time: torch makes a copy of what it adds in another dtype."""
-    for some, more in zip(total.split(PANEL), found.split(PANEL), strict=True):
-        some += more
+    """``total += found`` some rows at a time, of a matrix ``[in, in]`` the lower half.
+
+    Torch makes a copy of what it adds in another dtype.
+    """
+    for start in range(0, len(total), PANEL):
+        stop = start + PANEL
+        place = (slice(start, stop), slice(stop)) if total.dim() == 2 else slice(start, stop)
+        total[place] += found[place]
 
 
 PANEL = 256

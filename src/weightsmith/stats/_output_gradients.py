@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from weightsmith.errors import Error
-from weightsmith.stats._gram import add_into, add_product, mirror
+from weightsmith.stats._gram import add_into, add_product, finite, mirror
 from weightsmith.stats._taps import (
     Counted,
     Layer,
@@ -167,11 +167,12 @@ class _Counter:
                     add_product(matrix, inputs * weight[:, None])
                 rows += len(inputs)
             assert found is not None, "there is at least one run"
-            if not bool(found.diagonal(dim1=1, dim2=2).isfinite().all()):
+            if not finite(found):
                 raise not_finite("inputs, or the gradients of its outputs,", [name], self.batches)
             if name not in self.totals:
                 self.totals[name] = self.store.zeros(found, torch.float64)
-            add_into(self.totals[name].flatten(0, 1), found.flatten(0, 1))
+            for total, matrix in zip(self.totals[name], found, strict=True):
+                add_into(total, matrix)
             self.counts[name] = self.counts.get(name, 0) + rows
 
     def rows(self) -> dict[str, float]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -168,8 +169,9 @@ class Counted:
         if self.tokens is None:
             return mask
         weights = self._flat(self.tokens, layer, value)
-        if weights is None and self.tokens.dim() == 1 and value.shape[:1] == self.tokens.shape:
-            each = value[0].numel() // layer.in_features if isinstance(layer, nn.Linear) and len(value) else 1
+        whole = value if isinstance(layer, nn.Linear) else by_row(layer, value)
+        if weights is None and self.tokens.dim() == 1 and whole.shape[:1] == self.tokens.shape:
+            each = value[0].numel() // value.shape[-1] if isinstance(layer, nn.Linear) and len(value) else 1
             weights = self.tokens.to(value.device).repeat_interleave(each)
         if weights is None:
             raise Error(
@@ -257,6 +259,8 @@ class Store:
         """As users say it: with a folder and no size, all sums live in files."""
         if folder is not None and not os.path.isdir(folder):
             raise Error(f"store={os.fspath(folder)} is no folder; make it first")
+        if folder is not None and not os.access(folder, os.W_OK | os.X_OK):
+            raise Error(f"store={os.fspath(folder)} cannot be written to; choose another folder")
         most = as_bytes(memory)
         return cls(folder, 0 if most is None and folder is not None else most)
 
@@ -344,9 +348,7 @@ class Taps:
     def see(self, batch: Batch) -> None:
         """Everything was seen on the way; what was not finite is found here, at one look a batch."""
         self.batches += 1
-        for names, sound in self.checks:
-            if not sound:
-                raise not_finite(self.of, names, self.batches)
+        look(self.of, self.checks, self.batches)
         self.checks.clear()
 
     def add(self, names: frozenset[str], found: Tensor, rows: float) -> None:
@@ -369,8 +371,10 @@ class Taps:
 
     def _split(self, names: frozenset[str], known: Iterable[_Shared], found: Tensor) -> None:
         for shared in list(known):
-            for name in shared.names:
+            first, *others = sorted(shared.names)
+            for name in others:
                 self._share(frozenset({name}), self.store.copy(shared.total), shared.rows)
+            self._share(frozenset({first}), shared.total, shared.rows)
         for name in names - set(self.totals):
             self._share(frozenset({name}), self.store.zeros(found, self.measure.sums))
 
@@ -389,6 +393,16 @@ class Taps:
                 made[id(shared)] = shared.total = self.measure.result(shared.total, shared.rows)  # the old one goes
             found[name] = made[id(shared)]
         return found
+
+
+def look(of: str, checks: Sequence[tuple[Iterable[str], Tensor]], batch: int) -> None:
+    """An error for the first check that failed; a device is waited for once."""
+    if not checks:
+        return
+    device = checks[0][1].device
+    for (names, _), sound in zip(checks, torch.stack([one.to(device) for _, one in checks]).tolist(), strict=True):
+        if not sound:
+            raise not_finite(of, names, batch)
 
 
 def not_finite(of: str, names: Iterable[str], batch: int) -> Error:
@@ -415,12 +429,12 @@ class _Pass:
         def see(layer: Layer, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
             value = arguments[0] if arguments else keywords["input"]
             key = (version(value), form, _form(layer))
-            same = self.key is not None and self.key[0] is value and self.key[1:] == key
+            same = self.key is not None and self.key[0]() is value and self.key[1:] == key
             if not same or name in self.names:  # a layer that is called twice counts twice
                 self.flush()
                 with apart(value):
                     counts = self.counted.rows(name, layer, value)
-                    self.key, self.found = (value, *key), self._of(name, input_parts(layer, value.detach(), counts))
+                    self.key, self.found = (weakref.ref(value), *key), self._of(name, input_parts(layer, value.detach(), counts))
             self.names.add(name)
 
         return see
@@ -446,7 +460,7 @@ class _Pass:
         return self.taps.measure.of(name, counting()), rows
 
     def flush(self) -> None:
-        """Hand over what is waiting; only one input is kept alive at a time."""
+        """Hand over what is waiting."""
         if self.found is not None:
             with apart(self.found[0]):
                 self.taps.add(frozenset(self.names), *self.found)

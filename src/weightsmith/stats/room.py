@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -101,7 +102,7 @@ def collect(
         batches: any iterable, read once: ``inputs``, ``(inputs, labels)`` or mappings for Hugging Face models.
         statistics: what to gather, by names of your own: ``{"f": Fisher(), "g": Gram()}``.
         forward: ``(model, batch) -> logits [n, ...]``, where the default does not fit.
-        loss: ``(model, batch) -> number``, where the default (cross-entropy) does not fit.
+        loss: ``(model, batch) -> number``, where the default (cross-entropy of what ``forward`` gives) does not fit.
         group: a process group of `torch.distributed`, or ``"world"``: each process gives its own share of the data,
             which may be none, and gets what one process would have found in all of it (see `reduced`). What goes
             wrong in one of them is an error in all.
@@ -120,7 +121,8 @@ def collect(
     """
     if not statistics:
         raise Error('collect needs at least one statistic, such as {"fisher": weightsmith.stats.Fisher()}')
-    access = Access(model, forward or default_forward, loss or default_loss)
+    forward = forward or default_forward
+    access = Access(model, forward, loss or partial(default_loss, forward=forward))
     if group is None:
         return _gathered(access, batches, statistics, empty=False)
     from weightsmith.stats._distributed import together
@@ -167,6 +169,7 @@ def _as_weights(counter: Counter, kind: str, examples: int) -> Weights:
 def restored(model: nn.Module) -> Iterator[None]:
     """Evaluation mode inside; modes and buffers as they were outside."""
     modes = {module: module.training for module in model.modules()}
+    tables = [(module._buffers, dict(module._buffers)) for module in model.modules()]  # some models replace them
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     model.eval()
     try:
@@ -174,6 +177,9 @@ def restored(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+        for table, held in tables:
+            table.clear()
+            table.update(held)
         with torch.no_grad():
             for buffer, before in buffers:
                 buffer.copy_(before)
@@ -368,9 +374,9 @@ def default_forward(model: Callable[..., Any], batch: Batch) -> Tensor:
     return logits
 
 
-def default_loss(model: Callable[..., Any], batch: Batch) -> Tensor:
+def default_loss(model: Callable[..., Any], batch: Batch, forward: Forward = default_forward) -> Tensor:
     """Cross-entropy, summed; that of the next token for mappings with ``input_ids`` and logits ``[n, t, v]``."""
-    logits = default_forward(model, batch)
+    logits = forward(model, batch)
     labels: Any = None
     if isinstance(batch, Mapping):
         labels = batch.get("labels", batch.get("input_ids"))
@@ -411,4 +417,5 @@ def chosen_names(names: Iterable[str], chosen: Sequence[str], pattern: object) -
     """An error if a pattern fits no name."""
     if not chosen:
         names = list(names)
-        raise NoneFits(f"no weight to gather statistics of fits {pattern!r}{did_you_mean(str(pattern), names)}")
+        close = did_you_mean(str(pattern), names) if names else ": this model has none that it could be gathered of"
+        raise NoneFits(f"no weight to gather statistics of fits {pattern!r}{close}")

@@ -130,6 +130,7 @@ def test_a_step_is_one_on_the_weights_then_one_on_the_scores(gamma):
         torch.testing.assert_close(model[2 * i].bias, bs[i])
         torch.testing.assert_close(masks[name].score, scores[i])
     assert not torch.equal(reference[0].weight, model[0].weight)
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def masks_of_half(weight):
@@ -165,9 +166,17 @@ def test_wrong_optimizers_and_models_are_refused():
     masks = bilevel(model, 0.5)
     lower, upper = optimizers(model, masks)
     everything = torch.optim.SGD(model.parameters(), lr=0.1)
-    for one, other in ((everything, upper), (lower, lower)):
-        with pytest.raises(Error, match="upper optimizer"):
+    biases = torch.optim.SGD([model[0].bias, model[2].bias], lr=0.1)
+    before = copy.deepcopy(model.state_dict())
+    for one, other, message in (
+        (everything, upper, "the lower optimizer; it has scores"),
+        (biases, upper, r"the lower optimizer; it lacks 0\.weight, 2\.weight"),
+        (lower, lower, "the upper optimizer"),
+        (lower, everything, "the upper optimizer"),
+    ):
+        with pytest.raises(Error, match=message):
             bilevel_step(model, loss_of, batch(0), batch(1), lower=one, upper=other)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items() if "extra" not in name)
     for gamma in (0.0, -1.0):
         with pytest.raises(Error, match="gamma must be positive"):
             bilevel_step(model, loss_of, batch(0), batch(1), lower=lower, upper=upper, gamma=gamma)

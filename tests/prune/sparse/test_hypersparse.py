@@ -68,6 +68,15 @@ def test_where_everything_is_gone_already_nothing_is_pressed():
     assert zeros.grad.tolist() == [0.0, 0.0, 0.0]
 
 
+def test_weights_almost_zero_give_no_nan():
+    w = torch.tensor([1e-40, 1e-40, 10.0, 20.0], requires_grad=True)
+    value = hypersparse([w], 0.25)
+    value.backward()
+    assert value.item() == 0.0
+    assert w.grad.isfinite().all()
+    assert w.grad[2:].tolist() == [0.0, 0.0]
+
+
 def test_bfloat16_gets_bfloat16_gradients_of_a_float32_computation():
     w = torch.randn(50, generator=torch.Generator().manual_seed(0)).bfloat16().requires_grad_()
     wide = w.detach().float().requires_grad_()
@@ -151,6 +160,9 @@ def test_it_ends_after_the_last_epoch_and_a_failing_evaluation_leaves_the_module
     with pytest.raises(RuntimeError, match="no data"):
         adaptive_training(model, lambda module, penalty: None, accuracy, 0.5)
     assert torch.equal(model.weight, before)
-    for wrong in ({"sparsity": 1.0}, {"window": 2}, {"epochs": 0}, {"amount": 0.0}):
+    with pytest.raises(Error, match="was NaN"):
+        adaptive_training(model, lambda module, penalty: None, lambda module: math.nan, 0.5, epochs=2)
+    assert torch.equal(model.weight, before)
+    for wrong in ({"sparsity": 1.0}, {"window": 2}, {"epochs": 0}, {"amount": 0.0}, {"growth": math.nan}):
         with pytest.raises(Error, match="adaptive_training"):
             adaptive_training(model, lambda module, penalty: None, accuracy, **wrong)

@@ -97,6 +97,14 @@ def test_gates_by_hand():
     for gate in (exponential_gate, linear_gate):
         assert gate(torch.zeros(3)).tolist() == [1.0, 1.0, 1.0]
     assert g.tolist() == [0.0, 3.0, -4.0, 1.0]
+    assert exponential_gate(torch.zeros(0)).shape == (0,)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e30])
+def test_gates_of_gradients_whose_squares_leave_the_range(size):
+    for gate in (exponential_gate, linear_gate):
+        shares = gate(torch.tensor([0.0, 0.1, 1.0]) * size)
+        torch.testing.assert_close(shares, gate(torch.tensor([0.0, 0.1, 1.0]), 1.0))
 
 
 def test_one_step_by_hand_and_in_bfloat16():
@@ -108,6 +116,9 @@ def test_one_step_by_hand_and_in_bfloat16():
     assert w.tolist() == pytest.approx(expected)
     assert narrow.dtype == torch.bfloat16
     assert narrow.tolist() == torch.tensor(expected).bfloat16().tolist()
+    seen = []
+    decayed([w, narrow], [None, g.bfloat16()], 0.5, lambda gradient: seen.append(gradient.dtype) or gradient)
+    assert seen == [torch.float32]
     again = torch.tensor([2.0])
     decayed([again], [torch.zeros(1)], torch.tensor(0.5))
     assert again.tolist() == [1.0]
@@ -118,6 +129,8 @@ def test_foreign_weights_are_refused():
     optimizer = torch.optim.SGD([w], lr=0.5)
     with pytest.raises(Error, match="none of the optimizer's"):
         irrelevant_decay(optimizer, [nn.Parameter(torch.ones(2))])
+    with pytest.raises(Error, match="got none"):
+        irrelevant_decay(optimizer, [])
     with pytest.raises(Error, match="below 0"):
         irrelevant_decay(optimizer, [w], -1.0)
 
@@ -164,5 +177,6 @@ def test_a_reference_a_resolution_and_a_failing_evaluation():
     with pytest.raises(RuntimeError):
         threshold_within(model, score)
     assert torch.equal(model.weight, before)
-    with pytest.raises(Error, match="tolerance"):
-        threshold_within(model, score, -0.1)
+    for tolerance in (-0.1, math.nan):
+        with pytest.raises(Error, match="tolerance"):
+            threshold_within(model, score, tolerance)

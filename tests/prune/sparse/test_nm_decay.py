@@ -110,6 +110,8 @@ def test_bad_patterns_and_phases_are_found_before_anything_changes():
     for said, message in (("2:4", "groups of 4"), ("0:3", "keeps nothing"), ("3:3", "keeps nothing"), (0.5, "pattern")):
         with pytest.raises(Error, match=message):
             nm_decay(model, said)
+    with pytest.raises(Error, match="6 inputs a row cannot"):
+        nm_decay(layer(6, 2), "2:4")
     with pytest.raises(Error, match="decay is one of"):
         nm_decay(model, "1:3", decay="cosine")
     with pytest.raises(Error, match="start < end"):

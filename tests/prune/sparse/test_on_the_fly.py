@@ -41,6 +41,23 @@ def test_the_gradient_on_the_sphere_is_tangent_and_that_of_the_gain_is_radial():
     torch.testing.assert_close(sphere.gain.grad, (pull * unit).sum(1, keepdim=True))
 
 
+def test_it_is_the_weight_normalisation_of_torch():
+    ours, theirs = network(), network()
+    on_sphere(ours)
+    for i in (0, 3):
+        nn.utils.parametrizations.weight_norm(theirs[i], dim=0)
+    x = torch.randn(2, 2, 3, 3)
+    for model in (ours, theirs):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(x).square().sum().backward()
+            optimizer.step()
+    torch.testing.assert_close(ours(x), theirs(x))
+    for i in (0, 3):
+        torch.testing.assert_close(ours[i].weight, theirs[i].weight)
+
+
 def test_a_filter_of_zeros_stays_and_gets_no_nan():
     model = nn.Linear(3, 2, bias=False)
     model.weight.data[0] = 0
@@ -76,7 +93,7 @@ def sines_by_hand(weights, sparsity):
     return sum(sines) / len(sines)
 
 
-@pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("sparsity", [0.0, 0.28, 0.5, 0.9, 1.0])
 def test_the_penalty_is_the_sine_of_the_angle_to_what_is_left(sparsity):
     torch.manual_seed(0)
     weights = [torch.randn(4, 10, dtype=torch.float64), torch.randn(3, 2, 5, dtype=torch.float64)]
@@ -107,6 +124,7 @@ def test_the_penalty_has_finite_gradients_where_it_is_flat():
     assert w.grad.isfinite().all()
     assert w.grad[:2].tolist() == [[0.0, 0.0], [0.0, 0.0]]
     assert bimodal([torch.zeros(0, 3)], 0.5).item() == 0.0
+    assert bimodal([torch.zeros(0, 3, device="meta")], 0.5).is_meta
     for weights, sparsity in (([], 0.5), ([torch.ones(3)], 0.5), ([torch.ones(3, 3)], 1.5)):
         with pytest.raises(Error, match="bimodal"):
             bimodal(weights, sparsity)
@@ -128,6 +146,22 @@ def test_mean_filling_keeps_the_sum_of_each_filter_and_zero_filling_is_the_cut(s
         assert made[i].flatten().tolist() == pytest.approx(expected, abs=1e-14)
     torch.testing.assert_close(made.flatten(1).sum(1), weight.flatten(1).sum(1), rtol=0, atol=1e-13)
     assert torch.equal(filled(weight, mask), weight * mask)
+
+
+def test_means_of_bfloat16_are_those_of_float32_rounded():
+    weight = torch.randn(64, 500, generator=torch.Generator().manual_seed(0)).bfloat16()
+    mask = weight.abs() > 0.5
+    assert torch.equal(filled(weight, mask, "mean"), filled(weight.float(), mask, "mean").bfloat16())
+
+
+def test_refilled_reaches_a_tied_weight_by_either_name():
+    model = nn.Sequential(nn.Embedding(3, 2), nn.Linear(2, 3, bias=False))
+    model[1].weight = model[0].weight
+    mask = torch.eye(3)[:, :2] > 0
+    for name in ("0.weight", "1.weight"):
+        made = refilled(model, {name: mask}).to_dict()
+        for other in made:
+            assert torch.equal(made[other], model[0].weight * mask)
 
 
 def test_refilled_takes_masks_of_any_pruning_and_leaves_the_rest():

@@ -140,6 +140,76 @@ def test_layers_share_nothing(kind):
     assert not torch.equal(model[0].weight, model[1].weight)
 
 
+@pytest.mark.parametrize("kind", MASKS)
+def test_putting_it_there_touches_neither_modes_nor_random_numbers(kind):
+    model = network()
+    model[0].eval()
+    modes, state = [part.training for part in model], torch.get_rng_state()
+    MASKS[kind](model)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [part.training for part in model] == modes
+    before = model(X)
+    assert torch.equal(model.eval()(X), before)
+    assert torch.equal(model.train()(X), before)
+
+
+@pytest.mark.parametrize("kind", MASKS)
+def test_the_parameters_that_an_optimizer_knows_stay_the_same_objects(kind):
+    model = network()
+    known = dict(model.named_parameters())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    MASKS[kind](model)
+    assert model[5].parametrizations.weight.original is known["5.weight"]
+    model(X).square().mean().backward()
+    before = known["5.weight"].detach().clone()
+    optimizer.step()
+    assert torch.equal(known["5.weight"], before) != known["5.weight"].requires_grad
+    fold(model)
+    assert all(parameter is known[name] for name, parameter in model.named_parameters())
+
+
+@pytest.mark.parametrize("kind", ["score_masks", "signed_supermask"])
+def test_what_is_frozen_does_not_move_by_a_gradient_of_before(kind):
+    model = network()
+    model(X).square().mean().backward()
+    MASKS[kind](model)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    torch.optim.AdamW(model.parameters(), lr=0.1).step()
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("kind", MASKS)
+def test_zero_weights_and_zero_gradients_give_no_nan(kind, dtype):
+    model = network(dtype)
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    MASKS[kind](model)
+    extra = [p for name, p in model.named_parameters() if "parametrizations" in name and "original" not in name]
+    assert all(p.dtype == torch.promote_types(dtype, torch.float32) for p in extra)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    for scale in (0.0, 1.0, 1.0):
+        optimizer.zero_grad()
+        ((model(X.to(dtype)) - 1).square().mean() * scale).backward()
+        optimizer.step()
+        assert all(p.isfinite().all() for p in model.parameters())
+    assert model(X.to(dtype)).isfinite().all()
+
+
+@pytest.mark.parametrize("kind", MASKS)
+def test_a_module_that_stands_in_two_places_has_one_mask(kind):
+    torch.manual_seed(0)
+    layer = nn.Linear(6, 6)
+    model = nn.Sequential(layer, nn.Tanh(), layer)
+    assert list(weights_of(model, "2.*")) == ["2.weight"]
+    assert list(weights_of(model, "*.weight")) == ["0.weight"]
+    assert list(MASKS[kind](model)) == ["0.weight"]
+    before = model(torch.ones(2, 6))
+    fold(model)
+    assert torch.equal(model(torch.ones(2, 6)), before)
+    assert model[0] is model[2]
+
+
 def test_weights_of_finds_the_usual_ones_and_refuses_tied_ones():
     model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 5))
     model[3].weight = model[0].weight
@@ -190,6 +260,12 @@ def test_the_score_gets_the_gradient_of_the_mask():
     assert out.tolist() == [[2.0, 0.0, 5.0]]
     assert score.grad.tolist() == [[1.0, -21.0, -5.0]]
     assert weight.grad.tolist() == [[0.5, 0.0, -1.0]]
+    out = Straight.apply(weight, score, torch.tensor([[-1, 0, 1]], dtype=torch.int8))
+    weight.grad = score.grad = None
+    out.backward(gradient)
+    assert out.tolist() == [[-2.0, 0.0, 5.0]]
+    assert score.grad.tolist() == [[1.0, -21.0, -5.0]]
+    assert weight.grad.tolist() == [[-0.5, 0.0, -1.0]]
 
 
 def test_all_but_smallest_takes_tensors_together_and_leaves_the_module():

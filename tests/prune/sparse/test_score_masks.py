@@ -40,10 +40,10 @@ def test_the_sparsity_is_exact_in_every_step_and_weights_never_change(start, res
     plain = [model[i].weight.detach().clone() for i in (0, 2)]
     found = score_masks(model, {"0.*": 0.75, "*": 0.33}, start=start, restriction=restriction)
     assert zeros(model) == [45, 13]
-    first = [one.mask.clone() for one in found.values()]
+    first = [one.mask().clone() for one in found.values()]
     for _ in learned(model):
         assert zeros(model) == [45, 13]
-    assert any(not torch.equal(one.mask, mask) for one, mask in zip(found.values(), first, strict=True))
+    assert any(not torch.equal(one.mask(), mask) for one, mask in zip(found.values(), first, strict=True))
     for weight, i in zip(plain, (0, 2), strict=True):
         assert torch.equal(model[i].parametrizations.weight.original, weight)
     fold(model)
@@ -55,7 +55,9 @@ def test_the_sparsity_is_exact_in_every_step_and_weights_never_change(start, res
 def test_it_begins_at_the_mask_of_magnitudes(start):
     model = network()
     expected = prune.magnitude(model, sparsity=0.7).to_dict()
-    score_masks(model, 0.7, start=start)
+    made = score_masks(model, 0.7, start=start)["0.weight"]
+    if start == "equal":
+        assert made.score.unique().tolist() == pytest.approx([0.99, 1.0])
     assert torch.equal(model[0].weight, expected["0.weight"])
     assert torch.equal(model[2].weight, expected["2.weight"])
 
@@ -109,6 +111,10 @@ def test_swaps_take_the_highest_in_and_the_lowest_out(share):
     assert made.sum() == 11
     assert torch.equal(mask, before)
     assert torch.equal(swapped(mask, score, mask, share), mask)
+    now, best = torch.tensor([True, False, True, False]), torch.tensor([True, True, False, False])
+    assert (
+        swapped(now, torch.ones(4), best, 1.0).tolist() == best.tolist()
+    )  # what is asked for stays, also among equals
 
 
 def test_fewer_swaps_are_made_as_time_goes_by_and_none_without_advance():
@@ -116,13 +122,13 @@ def test_fewer_swaps_are_made_as_time_goes_by_and_none_without_advance():
     for progress in (0.0, 0.5, 0.9, 1.0):
         model = nn.Linear(40, 25, bias=False)
         made = score_masks(model, 0.5, restriction=2.0)["weight"]
-        before = made.mask.clone()
+        before = made.mask().clone()
         with torch.no_grad():
             made.score.neg_()
         assert torch.equal(model.weight != 0, before)
         advance(model, progress)
-        assert made.mask.sum() == 500
-        changes.append(int((made.mask & ~before).sum()))
+        assert made.mask().sum() == 500
+        changes.append(int((made.mask() & ~before).sum()))
     assert changes == [500, 125, math.ceil((1 - 0.9) ** 2 * 500), 0]
 
 
@@ -140,6 +146,30 @@ def test_whole_rows_and_columns_go():
         assert alive.sum() == len(alive) / 2
 
 
+@pytest.mark.parametrize("restriction", [None, 1.0])
+def test_the_mask_that_is_told_is_the_one_in_force(restriction):
+    model = network()
+    made = score_masks(model, 0.5, restriction=restriction)["0.weight"]
+    with torch.no_grad():
+        made.score.neg_()
+    assert torch.equal(made.mask(), model[0].weight != 0)
+    advance(model, 0.25)
+    assert torch.equal(made.mask(), model[0].weight != 0)
+    assert torch.equal(made.mask(), made.asked()) == (restriction is None)
+
+
+def test_equal_scores_are_kept_in_order_and_the_count_is_that_of_prune():
+    for shape in ((3, 5), (5, 3), (7, 9)):
+        model = nn.Linear(*shape, bias=False)
+        expected = prune.magnitude(model, sparsity=0.5).to_dict()["weight"]
+        score_masks(model, 0.5)
+        assert torch.equal(model.weight, expected)
+    model = nn.Linear(5, 3, bias=False)
+    model.weight.data.fill_(-2.0)
+    score_masks(model, 0.6)
+    assert (model.weight != 0).flatten().tolist() == [True] * 6 + [False] * 9
+
+
 def test_nothing_and_everything_can_go():
     model = network()
     score_masks(model, {"0.*": 0.0, "2.*": 1.0})
@@ -151,6 +181,8 @@ def test_nothing_and_everything_can_go():
 def test_refusals():
     for wrong, message in (
         ({"sparsity": 1.5}, "between 0 and 1"),
+        ({"sparsity": -0.1}, "between 0 and 1"),
+        ({"sparsity": math.nan}, "between 0 and 1"),
         ({"sparsity": "2:4"}, "between 0 and 1"),
         ({"start": "large"}, "scores start as"),
         ({"structure": "block"}, "structure is one of"),

@@ -42,6 +42,31 @@ def test_weights_are_constants_of_both_signs_by_layer():
     assert not torch.equal(one, signed_constants(torch.empty(20, 20), 2**40, "v"))
 
 
+def test_latent_masks_begin_uniform_within_their_bound_and_on_their_own():
+    model = nn.Sequential(nn.Conv2d(8, 16, 3), nn.Conv2d(16, 4, (1, 2)))
+    found = signed_supermask(model, seed=5)
+    for name, fans in (("0.weight", 9 * (8 + 16)), ("1.weight", 2 * (16 + 4))):
+        latent, bound = found[name].latent, math.sqrt(6 / fans)
+        assert 0.9 * bound < latent.max() <= bound
+        assert -bound <= latent.min() < -0.9 * bound
+        assert latent.square().mean().item() == pytest.approx(bound**2 / 3, rel=0.25)
+    plain = nn.Sequential(nn.Conv2d(8, 16, 3))
+    signs = signed_supermask(plain, above=-1, below=-1, seed=5)["0.weight"].latent.sign() * plain[0].weight.sign()
+    assert abs(signs.mean()) < 0.1  # masks and constants are drawn independently
+
+
+def test_constants_are_as_exact_as_the_weights_and_do_not_follow_the_usual_dtype():
+    wide = signed_constants(torch.empty(4, 7, dtype=torch.float64), 0, "w")
+    assert wide.abs().unique().tolist() == [math.sqrt(6 / 7)]
+    narrow = signed_constants(torch.empty(4, 7), 0, "w")
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.equal(signed_constants(torch.empty(4, 7, dtype=torch.float32), 0, "w"), narrow)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(wide.float(), narrow)
+
+
 def test_the_mask_follows_its_thresholds():
     model = network()
     made = signed_supermask(model, above=0.1, below=-0.3)["0.weight"]
@@ -87,6 +112,9 @@ def test_the_latent_gradient_is_constant_times_gradient_everywhere():
     pull = torch.randn(3, 4)
     (model.weight * pull).sum().backward()
     torch.testing.assert_close(made.latent.grad, pull * model.parametrizations.weight.original)
+    model.requires_grad_(True)
+    model.weight.sum().backward()
+    assert model.parametrizations.weight.original.grad is None
 
 
 @pytest.mark.parametrize("count", [0, 1, 3, 4, 5, 1001])
@@ -117,6 +145,21 @@ def test_a_file_of_two_bits_a_weight_gives_the_network_back(tmp_path):
         assert all(p.requires_grad for p in other.parameters())
 
 
+def test_only_constants_of_the_seed_under_their_names_are_packed():
+    model = network()
+    signed_supermask(model, seed=3)
+    outer = nn.Sequential(model)
+    with pytest.raises(Error, match=r"constants of 0\.0\.weight are not those of seed 3"):
+        packed(outer)
+    loaded = network()
+    signed_supermask(loaded, seed=4)
+    loaded.load_state_dict(model.state_dict())
+    with pytest.raises(Error, match="are not those of seed 4"):
+        packed(loaded)
+    codes = packed(model).to_dict()
+    assert all(torch.equal(value, codes[name]) for name, value in packed(model.bfloat16()).to_dict().items())
+
+
 def test_what_is_no_packed_mask_is_refused():
     model = network()
     signed_supermask(model, pattern="0.*")
@@ -127,10 +170,14 @@ def test_what_is_no_packed_mask_is_refused():
         unpacked(network(4), saved)
     with pytest.raises(FormatError, match="no packed masks"):
         unpacked(network(), {"0.weight": torch.ones(16, 8)})
-    broken = saved | {"supermask.0.weight": torch.full_like(saved["supermask.0.weight"], 255)}
-    before = network()
+    both = network()
+    signed_supermask(both)
+    saved = packed(both).to_dict()
+    broken = saved | {"supermask.2.weight": torch.full_like(saved["supermask.2.weight"], 255)}
+    target = network()
     with pytest.raises(FormatError, match="none of -1, 0 and 1"):
-        unpacked(before, broken)
+        unpacked(target, broken)
+    assert all(torch.equal(p, q) for p, q in zip(target.parameters(), network().parameters(), strict=True))
     with pytest.raises(Error, match="needs the masks"):
         packed(network())
     with pytest.raises(Error, match="must not lie above"):

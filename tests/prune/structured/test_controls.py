@@ -51,6 +51,38 @@ def test_the_table(mlp):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_no_control_begins_with_the_models_own_start_and_its_mode_is_its_own(mlp):
+    _, graph = mlp
+    kept = {"one": torch.tensor([0, 2])}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # the seed of the controls
+        model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3))
+    model.load_state_dict(model.state_dict())
+    inherited = cut_module(model, graph, kept)
+    starts = []
+    controls(
+        model, graph, kept, lambda m, *a: starts.append(copy.deepcopy(m)), lambda m: float(not m.eval()), epochs=1
+    )
+    assert all((a == b).all() for a, b in zip(starts[0].parameters(), inherited.parameters(), strict=True))
+    for start in starts[1:3]:
+        assert not any((a == b).any() for a, b in zip(start.parameters(), inherited.parameters(), strict=True))
+    assert model.training
+
+
+def test_weights_that_cannot_be_drawn_are_found_before_training(mlp):
+    model, graph = mlp
+
+    class Odd(nn.Sequential):
+        def __init__(self, *parts):
+            super().__init__(*parts)
+            self.gain = nn.Parameter(torch.ones(()))
+
+    calls = []
+    with pytest.raises(Error, match=r"reset_parameters draws gain; .* initialise="):
+        controls(Odd(*model), graph, {"one": torch.arange(2)}, lambda *a: calls.append(a), lambda m: 0.0, epochs=1)
+    assert not calls
+
+
 def test_scratch_b_has_an_end(mlp):
     model, graph = mlp
     kept = {"one": torch.tensor([0]), "two": torch.tensor([0])}

@@ -8,6 +8,7 @@ from torch import nn
 
 from weightsmith.errors import Error
 from weightsmith.prune.structured import cut_module, reinitialised
+from weightsmith.solve import seed_for
 
 
 def test_a_cut_copy(mlp, random_tensor):
@@ -30,9 +31,26 @@ def test_fresh_weights_are_those_of_their_seed(cnn):
     assert torch.equal(model[0].weight, before)
     assert torch.equal(torch.random.get_rng_state(), state)
     with torch.random.fork_rng():
-        torch.manual_seed(1)
+        torch.manual_seed(seed_for(1, "fresh weights"))
         wanted = nn.Conv2d(1, 6, 3, bias=False)
     assert torch.equal(one[0].weight, wanted.weight)
+
+
+def test_the_start_of_the_model_itself_does_not_come_back():
+    def drawn(module: nn.Module) -> None:
+        for parameter in module.parameters():
+            nn.init.normal_(parameter)
+
+    for seed in range(3):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = nn.Linear(5, 4)
+            torch.manual_seed(seed)
+            own = nn.Linear(5, 4)
+            torch.manual_seed(seed)
+            drawn(own)
+        assert not (reinitialised(model, seed).weight == model.weight).any()
+        assert not (reinitialised(model, seed, drawn).weight == own.weight).any()
 
 
 def test_parts_that_cannot_reset_themselves():

@@ -151,7 +151,7 @@ class Cut(NamedTuple):
     "Architectures' (iterative pruning)",
     unit="model",
     needs=("evaluate",),
-    claim="no larger threshold keeps the score within the tolerance",
+    claim="where the score falls with the threshold, no larger one keeps it within the tolerance",
     departs="the threshold is found by halving, as if the score fell with it; train on and call it again to iterate",
 )
 def threshold_within(

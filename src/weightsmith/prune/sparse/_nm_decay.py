@@ -105,7 +105,7 @@ def levels_of(keep: int, group: int) -> list[int]:
     "Robust N:M Sparsity Training in Transformers'",
     covers=("nm-mask-decay",),
     unit="model",
-    claim="at 1:8 and 1:16 it is more accurate than a hard mask with SR-STE",
+    claim="in transformers, at 1:8 and 1:16, it is more accurate than a hard mask with SR-STE",
     departs="the decay ends where the hard phase begins, instead of being given as a rate for each step; groups of a "
     "convolution run over its flattened inputs, as everywhere in this room, not over channels alone",
 )

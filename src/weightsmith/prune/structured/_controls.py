@@ -23,6 +23,7 @@ from weightsmith.prune._controls import Train, row
 from weightsmith.prune.structured._allocate import allocate
 from weightsmith.prune.structured._costs import Cost, parameters
 from weightsmith.prune.structured._modules import Initialise, cut_module, reinitialised
+from weightsmith.solve import generator_for
 from weightsmith.weights import Weights
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def controls(
         the epochs.
 
     Raises:
-        Error: no seed, no epoch, or nothing that was cut.
+        Error: no seed, no epoch, nothing that was cut, or parameters that no part knows how to draw.
     """
     from weightsmith.inspect import Report
 
@@ -83,6 +84,7 @@ def controls(
     cost = cost or parameters(graph, model)
     share = _share(cost, graph, kept)
     made = cut_module(model, graph, kept)
+    reinitialised(made, 0, initialise)  # whether it can be had is found before training
     tuned = epochs if tune_epochs is None else tune_epochs
     longer = round(epochs * min(1 / share, longest))
     runs: dict[str, list[float]] = {name: [] for name in ("fine-tuned", "scratch-E", "scratch-B", "random structure")}
@@ -102,7 +104,7 @@ def controls(
             shares.append(_share(cost, graph, drawn))
             measured("random structure", reinitialised(cut_module(model, graph, drawn), seed, initialise), epochs, seed)
     lengths = {"fine-tuned": tuned, "scratch-E": epochs, "scratch-B": longer, "random structure": epochs}
-    rows = [row("whole", [float(evaluate(model))], 1.0, 0), row("cut", [float(evaluate(made))], share, 0)]
+    rows = [row("whole", [float(evaluate(copy.deepcopy(model)))], 1.0, 0), row("cut", [float(evaluate(made))], share, 0)]
     for name, found in runs.items():
         part = statistics.fmean(shares) if name == "random structure" else share
         rows.append(row(name, found, part, lengths[name]))
@@ -132,7 +134,7 @@ def random_structure(graph: UnitGraph, kept: Mapping[str, Tensor], cost: Cost, s
     >>> bool(parameters(graph)({name: len(index) for name, index in drawn.items()}) <= 36)
     True
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = generator_for(seed, "random structure")
     # Uniform scores times a factor of the space: the smaller the factor, the more of its units are low in the order.
     together = {name: group for group in graph.equal() for name in group}
     factors: dict[tuple[str, ...], float] = {}

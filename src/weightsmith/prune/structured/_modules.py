@@ -12,6 +12,7 @@ from torch import nn
 from weightsmith.errors import Error
 from weightsmith.graph import UnitGraph
 from weightsmith.prune._autograd import cuda_devices
+from weightsmith.solve import seed_for
 
 Initialise = Callable[[nn.Module], Any]
 """Gives a whole module fresh weights, in place, from the random state that it finds."""
@@ -27,11 +28,12 @@ def cut_module(model: nn.Module, graph: UnitGraph, index: Mapping[str, Any]) -> 
 
 
 def reinitialised(model: nn.Module, seed: int = 0, initialise: Initialise | None = None) -> nn.Module:
-    """A copy with the same shapes and fresh weights.
+    """A copy with the same shapes and fresh weights, which are never those that the model itself began with.
 
     Args:
         model: left as it is.
-        seed: of the fresh weights; the global random state is left as it was.
+        seed: of the fresh weights, through `weightsmith.solve.seed_for`: a model that was built after
+            ``torch.manual_seed(seed)`` gets others. The global random state is left as it was.
         initialise: ``(module) -> None``; by default the module's own way, see `weightsmith.start.fresh`.
 
     Returns:
@@ -47,6 +49,7 @@ def reinitialised(model: nn.Module, seed: int = 0, initialise: Initialise | None
     """
     from weightsmith.start import fresh
 
+    seed = seed_for(seed, "fresh weights")
     made = copy.deepcopy(model)
     with torch.random.fork_rng(devices=cuda_devices(model)):
         torch.manual_seed(seed)
