@@ -53,9 +53,36 @@ def test_zeros_rows_inputs_and_bytes_by_hand():
     assert found.figures["output change"] is None
 
 
+def test_data_of_some_matrices_under_any_of_their_names():
+    layer, inputs = nn.Linear(5, 5, bias=False), normal(30, 5, seed=2)
+    model = nn.ModuleDict({"a": layer, "b": layer, "c": nn.Linear(5, 3, bias=False)})
+    gram = ws.stats.gram(layer, [inputs])["weight"]
+    after = ws.prune.magnitude(model, 0.5)
+    found = pruning(model, after, stats={"b.weight": gram})
+    expected = (inputs @ (after["a.weight"] - layer.weight).T).norm() / (inputs @ layer.weight.T).norm()
+    assert [row["output change"] for row in found.table] == [pytest.approx(float(expected), rel=1e-4), None]
+    assert found.figures["output change"] == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_what_is_no_number_is_not_left_out_of_the_figures():
+    before = {"a.weight": normal(3, 4), "b.weight": normal(3, 4, seed=1)}
+    after = before | {"b.weight": torch.full((3, 4), float("nan"))}
+    found = pruning(before, after, stats={"a.weight": torch.ones(4)})
+    assert found.table[0]["change"] == 0
+    assert found.table[1]["change"] is None
+    assert found.figures["change"] is None
+    assert found.figures["output change"] == 0
+    assert found.figures["zeros"] == 0
+
+
 def test_what_does_not_fit_is_said():
     with pytest.raises(Error, match="and after pruning it is not there"):
         pruning({"w": normal(2, 2)}, {"v": normal(2, 2)})
+    with pytest.raises(Error, match="stats say nothing of w; they are of v"):
+        pruning({"w": normal(2, 2)}, {"w": normal(2, 2)}, stats={"v": torch.ones(2)})
+    with pytest.raises(Error, match=r"stats.gram of w is \[3\], which does not fit its weight \[2, 2\]"):
+        pruning({"w": normal(2, 2)}, {"w": normal(2, 2)}, stats={"w": torch.ones(3)})
+    assert pruning({"w": normal(2), "s": torch.ones(())}, {"w": normal(2), "s": torch.ones(())}, pattern="*")["matrices"] == 1
     with pytest.raises(Error, match="no matrix to look at"):
         pruning({"w": normal(2)}, {"w": normal(2)})
 

@@ -14,15 +14,18 @@ transformers = pytest.importorskip(
 )
 
 
-def test_nobody_loads_a_packed_folder_by_mistake(tmp_path: Path):
+@pytest.mark.parametrize(
+    ("format", "sparsity"), [("bitmask", 0.8), ("sparse-bitmask", 0.8), ("sparse-24-bitmask", "2:4")]
+)
+def test_nobody_loads_a_packed_folder_by_mistake(format, sparsity, tmp_path: Path):
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2
     )
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "whole")
-    pruned = ws.prune.magnitude(tmp_path / "whole", 0.8)
+    pruned = ws.prune.magnitude(tmp_path / "whole", sparsity)
     pruned.save(tmp_path / "pruned")
-    ws.prune.formats.pack(tmp_path / "pruned").save(tmp_path / "packed")
+    ws.prune.formats.pack(tmp_path / "pruned", format).save(tmp_path / "packed")
     assert ws.prune.formats.sizes(tmp_path / "packed")["packed tensors"] == 7
     with pytest.raises((OSError, ValueError)):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "packed")

@@ -72,7 +72,7 @@ def test_a_folder_is_read_by_their_loader(tmp_path):
     weights = {"l.weight": sparse(8, 24), "m.weight": sparse(5, 9), "l.bias": torch.ones(8)}
     opened = ws.Weights.of(weights).with_files({"config.json": b'{"model_type": "none"}'})
     pack(opened, "sparse-bitmask", pattern="*.weight").save(tmp_path / "m")
-    said = json.loads((tmp_path / "m" / "config.json").read_text())
+    said = json.loads((tmp_path / "m" / "config.compressed-tensors.json").read_text())
     settings = said["quantization_config"]["sparsity_config"]
     loaded = config.SparsityCompressionConfig.load_from_registry(settings["format"], **settings)
     compressor = bitmask.BitmaskCompressor(config=loaded)

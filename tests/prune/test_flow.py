@@ -115,6 +115,33 @@ def test_synflow_with_biases_norms_and_ties():
     unchanged(model, lambda: ws.prune.synflow(model, torch.ones(1, 1, 4, 4), 0.5, rounds=2))
 
 
+def test_where_slopes_have_both_signs_their_size_counts_and_what_went_stays_away():
+    """Behind a norm over a layer, one more path may make the sum smaller, by far more than 1."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 5, bias=False))
+    model[0].weight.data *= 1e-3  # what the norm makes large again
+    model[1].weight.data *= 1e4
+    model[1].bias.data.fill_(1.0)
+    model[2].weight.data *= torch.linspace(1, 100, 6)
+    names = ["0.weight", "2.weight"]
+    masks = {name: torch.ones_like(model.get_parameter(name), dtype=torch.bool) for name in names}
+    left, flow = torch.ones(54, dtype=torch.bool), _flow._Flow(model, torch.ones(1, 4))
+    for turn in range(1, 4):
+        score = torch.cat([part.flatten() for part in flow(masks)])
+        assert (score >= 0).all()
+        keep = 54 - round(54 * (1 - 0.4 ** (turn / 3)) + 1e-9)
+        left &= torch.zeros(54, dtype=torch.bool).index_fill(0, score.masked_fill(~left, -1).topk(keep).indices, True)
+        masks = {"0.weight": left[:24].view(6, 4), "2.weight": left[24:].view(5, 6)}
+    found = ws.prune.synflow(model, torch.ones(1, 4), 0.6, rounds=3)
+    assert all(torch.equal(found[name] >= 0, masks[name]) for name in names)
+    double = {n: v.detach().abs().double().requires_grad_() for n, v in model.named_parameters()}
+    functional_call(model.double(), double, (torch.ones(1, 4, dtype=torch.float64),)).sum().backward()
+    product = double["0.weight"].grad * double["0.weight"].detach()
+    assert (product < -1).any()
+    torch.testing.assert_close(flow({n: torch.ones_like(m) for n, m in masks.items()})[0], product.abs())
+
+
 def test_a_network_through_which_nothing_flows():
     model = network()
     model[2].weight.data.zero_()

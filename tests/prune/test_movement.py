@@ -73,6 +73,15 @@ def test_the_state_that_goes_in_stays_and_can_be_saved():
         ws.prune.movement(nn.Sequential(layer)).load_state_dict(one.state_dict())
 
 
+def test_a_parameter_without_a_gradient_stands_still():
+    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 3, bias=False))
+    recorder = ws.prune.movement(model)
+    model[1].weight.grad = torch.sign(model[1].weight.detach())  # all six of ten shrink
+    assert recorder.update().shrinking == pytest.approx(0.6)
+    assert not recorder.scores()["0.weight"].any()
+    torch.testing.assert_close(recorder.scores()["1.weight"], -model[1].weight.detach().abs())
+
+
 def test_half_precision_is_added_up_in_float32():
     layer = nn.Linear(1, 1, bias=False).bfloat16()
     layer.weight.data.fill_(1.0)
@@ -92,9 +101,20 @@ def test_refusals():
         recorder.update()
     with pytest.raises(Error, match="between 0 and 1"):
         recorder.above(0.0)
-    layer.weight.grad = torch.full((2, 2), float("nan"))
+    layer.weight.grad = torch.ones(2, 2)
     recorder.update()
-    with pytest.raises(Error, match="not finite"):
+    before = recorder.scores()["weight"]
+    layer.weight.grad = torch.full((2, 2), float("nan"))
+    with pytest.raises(Error, match="gradients of weight are not finite"):
+        recorder.update()
+    assert recorder.state.count == 1
+    assert torch.equal(recorder.scores()["weight"], before)
+    layer.weight.data[0, 0] = float("inf")
+    layer.weight.grad = torch.ones(2, 2)
+    recorder.update()
+    with pytest.raises(Error, match="scores of weight are not finite"):
         recorder.scores()
+    with pytest.raises(Error, match="other parameters"):
+        ws.prune.movement(nn.Linear(2, 3)).load_state_dict(recorder.state_dict())
     with pytest.raises(Error, match="no matrix to prune"):
         ws.prune.movement(nn.BatchNorm1d(3))

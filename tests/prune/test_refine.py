@@ -149,6 +149,16 @@ def test_masks_with_nothing_to_trade_stay(share):
     assert all(torch.equal(found[name], masks[name]) for name in WEIGHTS)
 
 
+def test_a_network_in_float64_is_asked_in_float64():
+    model, batches = trained().double(), [(INPUTS.double(), LABELS)]
+    masks = {name: torch.ones_like(model.get_parameter(name), dtype=torch.bool) for name in WEIGHTS}
+    functional.cross_entropy(model(INPUTS.double()), LABELS).backward()
+    expected = torch.cat([model.get_parameter(name).grad.flatten() for name in WEIGHTS])
+    slope = _Asked(model, batches, None, 7).slope(masks, WEIGHTS)
+    assert slope.dtype == torch.float64
+    torch.testing.assert_close(slope, expected, rtol=1e-10, atol=1e-13)
+
+
 def test_tied_weights_have_one_mask():
     model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6))
     model[2].weight = model[0].weight

@@ -357,6 +357,81 @@ def test_a_structure_that_cannot_be_had(options: dict[str, Any], words: str):
         ws.prune.magnitude(unread(w=(6, 8)), **options)
 
 
+@pytest.mark.parametrize("sparsity", [0, 0.0, 1, 1.0])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"scope": "row"}, {"scope": "global"}, {"structure": "row"}, {"scope": "row", "structure": "2x2"}],
+    ids=str,
+)
+def test_nothing_and_everything(sparsity: float, options: dict[str, Any]):
+    weights = {"w": torch.tensor([[1.0, 0.0, torch.nan, 2.0]] * 4), "v": normal(2, 2, 2)}
+    masks = ws.prune.magnitude(weights, sparsity, action="mask", **options)
+    assert all(bool((masks[name] == (sparsity == 0)).all()) for name in weights)
+
+
+def test_each_row_of_a_convolution_each_row_of_blocks_and_a_single_axis():
+    weight = normal(4, 2, 3, 2)
+    kept = ws.prune.magnitude({"w": weight}, 0.25, scope="row", action="mask")["w"]
+    assert kept.flatten(1).sum(1).tolist() == [9] * 4
+    flat, mask = weight.abs().flatten(1), kept.flatten(1)
+    assert all(row[here].min() > row[~here].max() for row, here in zip(flat, mask, strict=True))
+    blocks = ws.prune.magnitude({"w": weight}, 0.5, scope="row", structure="2x3", action="mask")["w"].flatten(1)
+    means = weight.abs().flatten(1).reshape(2, 2, 4, 3).mean((1, 3))
+    expected = means >= means.sort(1, descending=True).values[:, 1:2]
+    assert torch.equal(blocks, expected.repeat_interleave(2, 0).repeat_interleave(3, 1))
+    bias = torch.tensor([3.0, -1.0, 2.0, 0.5])
+    assert ws.prune.magnitude({"b": bias}, 0.5, scope="row", pattern="*")["b"].tolist() == [3, 0, 2, 0]
+
+
+def test_rows_that_go_whole_cannot_lose_a_share_each():
+    for structure in ("row", "2x8"):
+        with pytest.raises(Error, match=f"w: structure='{structure}' takes whole rows.*write scope='tensor'"):
+            ws.prune.magnitude(unread(w=(6, 8)), 0.5, scope="row", structure=structure)
+    with pytest.raises(Error, match="write scope='tensor'"):  # the scope it has by itself
+        ws.prune.wanda(unread(w=(6, 8)), 0.5, structure={"w": "row"}, stats=unread(w=(8,)))
+    assert zeros(ws.prune.magnitude({"w": normal(4, 1)}, 1.0, scope="row"))["w"] == 4
+
+
+def test_blocks_of_all_tensors_share_a_budget_of_blocks():
+    """Whatever their size: three of the four blocks, of 8, 8, 2 and 2 weights."""
+    weights = {"a": torch.tensor([[1.0] * 8, [4.0] * 8]), "b": torch.tensor([[2.0, 2.0], [3.0, 3.0]])}
+    pruned = ws.prune.magnitude(weights, 0.75, scope="global", structure="row")
+    assert {name: pruned[name][:, 0].tolist() for name in weights} == {"a": [0, 4], "b": [0, 0]}
+
+
+def test_called_with_a_tensor_it_is_the_score_and_takes_no_sparsity():
+    weight = normal(2, 3)
+    assert torch.equal(ws.prune.magnitude(weight), weight.abs())
+    torch.testing.assert_close(ws.prune.wanda(weight, torch.ones(3)), weight.abs())
+    with pytest.raises(TypeError):
+        ws.prune.magnitude(weight, 0.7)
+
+
+def test_statistics_of_a_tied_weight_under_any_name():
+    shared, energy = normal(3, 4), torch.tensor([1.0, 100.0, 1.0, 100.0])
+    weights = Weights.of({"a": shared, "b": shared})
+    for name in ("a", "b"):
+        pruned = ws.prune.wanda(weights, 0.5, stats={name: energy})
+        assert torch.equal(pruned["a"], ws.prune.wanda({"a": shared}, 0.5, stats={"a": energy})["a"])
+        assert pruned.ties == {"b": "a"}
+
+
+def test_two_scores_of_one_tensor():
+    shared = normal(2, 2)
+    weights, score = Weights.of({"a": shared, "b": shared}), normal(2, 2, seed=1)
+    assert zeros(ws.prune.by_score(weights, {"b": score}, 0.5)) == {"a": 2, "b": 2}
+    assert zeros(ws.prune.by_score(weights, {"a": score, "b": score}, 0.5)) == {"a": 2, "b": 2}
+    with pytest.raises(Error, match="b and a are one tensor, but have two scores"):
+        ws.prune.by_score(weights, {"a": score, "b": -score}, 0.5)
+    with pytest.raises(Error, match="at least 1 tensor"):
+        ws.prune.by_score(weights, {})
+
+
+def test_what_was_done_is_told():
+    line = str(ws.prune.by_score({"w": normal(4, 4)}, {"w": normal(4, 4)}, 0.5, structure="2x2").lineage)
+    assert 'structure="2x2"' in line
+
+
 def test_scores_that_are_there_are_used_as_they_are():
     weights = {"a": normal(3, 4), "b": normal(2, 2), "c": normal(4)}
     scores = {"a": normal(3, 4, seed=1), "b": normal(2, 2, seed=2)}

@@ -64,6 +64,29 @@ def test_n_of_m_runs_over_all_axes_after_the_first():
     assert torch.equal(found, kept_of_groups(score.reshape(3, 12), keep=1, group=4).reshape(score.shape))
 
 
+@pytest.mark.parametrize("group", [1, 4, 17, 300])
+@pytest.mark.parametrize("levels", [1, 3, 10**6])
+def test_long_runs_and_many_ties(group: int, levels: int):
+    """One level: all are alike. Some runs have ties at their threshold and some have none."""
+    generator = torch.Generator().manual_seed(group)
+    score = torch.randint(-levels, levels, (3, 2 * group), generator=generator).float()
+    score[0] = torch.randperm(2 * group, generator=generator)
+    for keep in {0, 1, group // 3, group - 1, group}:
+        found = kept_of_groups(score, keep=keep, group=group)
+        for row, mask in zip(score, found, strict=True):
+            for run, kept_here in zip(row.split(group), mask.split(group), strict=True):
+                assert torch.equal(kept_here, brute_force(run, keep))
+
+
+def test_scores_that_lie_otherwise_in_memory_and_none_at_all():
+    score = torch.randn(12, 5, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(
+        kept_of_groups(score.t(), keep=2, group=4), kept_of_groups(score.t().contiguous(), keep=2, group=4)
+    )
+    for shape in ((0, 4), (3, 0)):
+        assert kept_of_groups(torch.zeros(shape), keep=2, group=4).shape == shape
+
+
 def test_patterns():
     assert pattern_of("2:4") == (2, 4)
     assert pattern_of(" 1:8 ") == (1, 8)

@@ -145,6 +145,14 @@ def test_what_is_not_allowed_is_not_chosen():
             method([[0.0, math.inf]], [[5, 1]], 4)
 
 
+def test_a_budget_of_nothing_leaves_room_for_nothing():
+    # Sizes without a common divisor, of very different scale; and one far beyond the budget.
+    for method in (knapsack, lagrangian):
+        assert method([[2.0, 1.0, 0.0], [1.0, 0.0]], [[0, 1e-7, math.pi], [0, math.e * 1e-7]], 0.0).levels == [0, 0]
+        far = method([[2.0, 1.0, 0.5], [1.0, 0.0]], [[0, 1e20, 1e20 * math.pi], [0, 1e-9]], 1.3e-9)
+        assert far.levels == [0, 1]
+
+
 def test_edges():
     for method in (knapsack, lagrangian):
         assert method([], [], 1.0) == Choice([], 0.0, 0.0, 0.0)

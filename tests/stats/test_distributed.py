@@ -71,6 +71,13 @@ def gathered(rank: int, case: str) -> Any:
         return collect(model, own, {"gram": Gram(form=1 if rank else "diagonal")}, group="world")
     if case == "other words":
         return reduced(collect(model, own, {str(rank): Gram()}) if own else None)
+    if case == "renamed":  # means over rows, of which the new names say nothing
+        if not own:
+            return reduced(None)
+        means = collect(model, own, {"mean": Activations("mean", pattern="query.*")})["mean"]
+        return reduced(means.rename(lambda name: f"x.{name}"))
+    if case == "no statistic":
+        return reduced(Weights.of({"x": torch.ones(2)}) if rank == 1 else None)
     assert case == "no data"
     return collect(model, [], {"gram": Gram()}, group="world")
 
@@ -85,6 +92,8 @@ CASES = (
     "other names",
     "other shapes",
     "other words",
+    "renamed",
+    "no statistic",
     "no data",
 )
 
@@ -164,6 +173,7 @@ ERRORS = {
     "other names": "Error: reduced needs statistics of one model: the second lacks key.weight, rare.weight, ",
     "other shapes": "Error: reduced: gram: query.weight is float32[3] in one process and float32[3, 1, 1] in another",
     "other words": "Error: processes gathered different statistics: [['0'], ['1']]",
+    "renamed": "Error: the statistic does not say on how many rows x.query.weight rests; combine before renaming",
     "no data": "Error: statistics need at least one batch of data in one of the processes, got none",
 }
 
@@ -181,6 +191,12 @@ def test_what_goes_wrong_in_one_process_is_an_error_in_all(found):
         assert said.startswith(
             "Error: key.weight" if rank == 1 else "Error: statistics of several processes: process 1:"
         )
+
+
+def test_what_is_no_statistic_in_one_process_is_an_error_in_all(found):
+    for rank in range(3):
+        assert "these weights do not say of how many examples" in found[rank]["no statistic"]
+        assert ("process 1: " in found[rank]["no statistic"]) == (rank != 1)
 
 
 def test_one_process_alone(tmp_path: Path):

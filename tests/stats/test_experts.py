@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -40,7 +42,7 @@ class Experts(nn.Module):
             if self.how == "copies":
                 up, down = up.clone(), down.clone()
             made = functional.linear(functional.linear(x[which], weight=up).relu(), down)
-            total = total.index_add(0, which, made)
+            total = total.index_add(0, which, made.to(total.dtype))
         return self.head(total)
 
 
@@ -133,22 +135,53 @@ def test_inputs_that_are_not_finite_are_an_error():
 
 @pytest.mark.parametrize("how", ["eager", "grouped_mm"])
 def test_a_mixture_of_transformers(how: str):
-    """What goes into the experts of the only layer is what comes out of the norm before them, twice a token."""
+    """Against a loop over tokens and the experts that each was sent to."""
     transformers = pytest.importorskip("transformers", reason="its mixtures of experts")
     config = transformers.MixtralConfig(
-        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
         num_local_experts=4, num_experts_per_tok=2, vocab_size=50, experts_implementation=how,
     )  # fmt: skip
     model = transformers.MixtralForCausalLM(config).eval()
     batch = {"input_ids": torch.randint(50, (3, 7), generator=torch.Generator().manual_seed(0))}
-    given: list[Tensor] = []
-    hook = model.model.layers[0].post_attention_layernorm.register_forward_hook(
-        lambda module, inputs, output: given.append(output.detach().reshape(-1, 16))
-    )
+    called: dict[str, tuple[Any, ...]] = {}
+    hooks = [
+        module.register_forward_hook(lambda module, given, output, name=name: called.update({name: given}))
+        for name, module in model.named_modules()
+        if name.endswith(".experts")
+    ]
     found = expert_gram(model, [batch])
-    hook.remove()
-    (up,) = (name for name in found if "gate_up" in name)
-    assert set(found) == {up, up.replace("gate_up", "down")}
-    assert found.spec(up).shape == (4, 16, 16)
-    torch.testing.assert_close(found[up].sum(dim=0), 2 * given[0].T @ given[0], rtol=1e-4, atol=1e-4)
-    assert found.spec(up.replace("gate_up", "down")).shape == (4, 24, 24)
+    for hook in hooks:
+        hook.remove()
+    assert len(called) == 2
+    assert set(found) == {f"{name}.{part}_proj" for name in called for part in ("gate_up", "down")}
+    for name, (tokens, chosen, _) in called.items():
+        experts = model.get_submodule(name)
+        up, down = torch.zeros(4, 16, 16), torch.zeros(4, 24, 24)
+        for token, numbers in zip(tokens, chosen.tolist(), strict=True):
+            for number in numbers:
+                gate, value = (experts.gate_up_proj[number] @ token).chunk(2)
+                hidden = (functional.silu(gate) * value).detach()
+                up[number] += torch.outer(token, token)
+                down[number] += torch.outer(hidden, hidden)
+        assert bool((up.diagonal(dim1=1, dim2=2).sum(dim=1) > 0).sum() > 1)
+        torch.testing.assert_close(found[f"{name}.gate_up_proj"], up, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found[f"{name}.down_proj"], down, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("how", ["eager", "grouped"])
+def test_autocast_hides_nothing(how: str):
+    model, data = Experts(how), [random(9, 8, seed=2)]
+
+    def forward(model, batch):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return model(batch)
+
+    found, expected = expert_gram(model, data, forward=forward), expert_gram(model, data)
+    assert set(found) == set(expected)
+    torch.testing.assert_close(found["up"], expected["up"])
+    assert float((found["down"] - expected["down"]).norm() / expected["down"].norm()) < 0.02
+
+
+def test_squares_that_float32_cannot_hold_are_an_error():
+    with pytest.raises(Error, match="too large to be squared in float32"):
+        expert_gram(Experts().double(), [random(3, 8).double() * 1e25])

@@ -64,6 +64,56 @@ class Counting(nn.Module):
         return self.layer(x)
 
 
+class Replacing(nn.Module):
+    """Puts a new tensor in the place of a buffer, and makes another when it is first asked."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 4)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls = self.calls + 1
+        self.register_buffer("mask", torch.ones(len(x)))
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_buffers_that_the_model_replaces_are_put_back(fails: bool):
+    model = Replacing()
+    before = model.calls
+    try:
+        collect(model, batches(), {"gram": Gram()}, forward=failing if fails else None)
+        assert not fails
+    except Failing:
+        assert fails
+    assert dict(model.named_buffers()) == {"calls": before}
+    assert model.calls is before
+    assert not before
+
+
+def test_the_default_loss_asks_the_model_as_it_is_said_to():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = network()
+
+        def forward(self, x: Tensor, scale: float) -> Tensor:
+            return self.layer(x) * scale
+
+    model = Scaled()
+    found = collect(
+        model,
+        batches(),
+        {"fisher": Fisher("given"), "guided": GuidedGram()},
+        forward=lambda model, batch: model(batch[0], 1.0),
+    )
+    expected = collect(network(), batches(), {"fisher": Fisher("given"), "guided": GuidedGram()})
+    for key, one in expected.items():
+        for name in one:
+            torch.testing.assert_close(found[key][f"layer.{name}"], one[name])
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_the_model_is_left_as_it_was(fails: bool):
     model = Counting()
@@ -136,6 +186,8 @@ def test_no_data_and_no_statistic_are_refused():
         collect(network(), batches(), {})
     with pytest.raises(Error, match="a batch is a tensor, a tuple or a mapping"):
         gram(network(), ["words"])
+    with pytest.raises(Error, match=r"fits '\*': this model has none"):
+        gram(nn.ReLU(), [torch.ones(1, 2)])
 
 
 def test_labels_of_mappings_are_not_shown_to_the_model():

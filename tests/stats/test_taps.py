@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from weightsmith.errors import Error
-from weightsmith.stats import _taps, features, gram
+from weightsmith.stats import _taps, activations, features, gram
 from weightsmith.stats._taps import Store, layers_of, outputs, runs
 
 
@@ -26,6 +27,11 @@ LAYERS = {
     "one example alone": (nn.Conv2d(2, 3, 2), (2, 5, 5)),
     "along one axis": (nn.Conv1d(2, 3, 3, padding=1, stride=2, padding_mode="circular"), (4, 2, 9)),
     "one example along one axis": (nn.Conv1d(2, 3, 3), (2, 9)),
+    "an even kernel, to the same size": (
+        nn.Conv2d(2, 3, (4, 2), dilation=(1, 3), padding="same", padding_mode="replicate"),
+        (2, 2, 7, 6),
+    ),
+    "padding that differs by axis": (nn.Conv2d(2, 3, 3, padding=(2, 1), padding_mode="circular"), (2, 2, 5, 6)),
     "no example": (nn.Conv2d(2, 3, 2), (0, 2, 5, 5)),
 }
 
@@ -66,6 +72,40 @@ def test_large_inputs_are_taken_a_piece_at_a_time(monkeypatch: pytest.MonkeyPatc
             torch.testing.assert_close(gram(layer, [batch], **settings)["weight"], whole["weight"])
 
 
+@pytest.mark.parametrize("what", ["mean", "maximum"])
+@pytest.mark.parametrize("of", ["inputs", "outputs"])
+def test_large_outputs_too(what: Any, of: Any, monkeypatch: pytest.MonkeyPatch):
+    layer, value = nn.Linear(4, 2), random(5, 7, 4)
+    mask = (random(5, 7, seed=4) > 0).long()
+    value[mask == 0] = 100.0
+    batch, settings = {"x": value, "attention_mask": mask}, {"forward": lambda model, batch: model(batch["x"])}
+    whole = activations(layer, [batch], what=what, of=of, **settings)["weight"]
+    assert float(whole.abs().max()) < 20
+    monkeypatch.setattr(_taps, "AT_ONCE", 20)
+    torch.testing.assert_close(activations(layer, [batch], what=what, of=of, **settings)["weight"], whole)
+
+
+@pytest.mark.parametrize("order", [(1, 1, 1, 1), (-1, 1, 1, 1), (1, -1, 1, 1), (1, 1, -1, -1)])
+def test_a_shared_total_is_copied_once_when_it_is_taken_apart(order: tuple[int, ...], monkeypatch: pytest.MonkeyPatch):
+    class Changing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.first(x) + self.second(x if float(x[0, 0]) > 0 else x * 1)
+
+    copies = []
+    copy = Store.copy
+    monkeypatch.setattr(
+        Store, "copy", lambda self, total, dtype=None: copies.append(dtype) or copy(self, total, dtype)
+    )
+    found = gram(Changing(), [torch.full((1, 3), float(sign)) for sign in order])
+    assert copies.count(None) == (order[0] > 0 > min(order))  # the others are of the result
+    assert torch.equal(found["first.weight"], torch.full((3, 3), 4.0))
+    assert torch.equal(found["second.weight"], torch.full((3, 3), 4.0))
+
+
 def test_the_first_sums_are_in_memory_and_the_rest_in_files(tmp_path):
     store = Store(tmp_path, 100)
     small = store.zeros(torch.zeros(3), torch.float64)
@@ -79,6 +119,18 @@ def test_the_first_sums_are_in_memory_and_the_rest_in_files(tmp_path):
     assert store.copy(large, torch.float32)[3, 4] == 7
     assert store.copy(small).data_ptr() not in store.files
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_written_to_is_an_error_before_the_data_are_read(
+    tmp_path, monkeypatch: pytest.MonkeyPatch
+):
+    def never():
+        raise AssertionError("read")
+        yield
+
+    monkeypatch.setattr(os, "access", lambda *arguments: False)
+    with pytest.raises(Error, match=f"store={tmp_path} cannot be written to"):
+        gram(nn.Linear(4, 2), never(), store=tmp_path)
 
 
 def test_a_full_disk_is_an_error_at_once(tmp_path, monkeypatch: pytest.MonkeyPatch):

@@ -124,7 +124,7 @@ def _others() -> list[Option]:
                help="How the weights that stay make up for the others."),
         Option(["--heal"], type=click.IntRange(0), default=0, metavar="STEPS", section=_AFTER,
                help="Train so long after it, towards the dense model; zeros stay."),
-        Option(["--pack"], type=click.Choice(["sparse-bitmask", "sparse-24-bitmask"]), section=_AFTER,
+        Option(["--pack"], type=click.Choice(["bitmask", "sparse-bitmask", "sparse-24-bitmask"]), section=_AFTER,
                help="Write a bit for each place and the values that are left."),
         Option(["--evaluate"], type=PATH, multiple=True, metavar="TEXT", section=_FIGURES,
                help="Tell perplexity, KL and agreement before and after. Take another text than --calibrate."),

@@ -16,7 +16,9 @@ from weightsmith.inspect._parts import Source, by_kind, grid, in_order, named, s
 from weightsmith.inspect._report import Line, Plot, Report
 from weightsmith.inspect._statistics import streamed
 from weightsmith.prune import prunable
-from weightsmith.weights import Entire, Inputs, Lazy, Pattern, Reduction, Weights, open, single, solve_all
+from weightsmith.prune.allocation import output_energy
+from weightsmith.prune.room import of_targets
+from weightsmith.weights import Inputs, Pattern, Reduction, Weights, open, single, solve_all
 
 
 @card(
@@ -41,17 +43,19 @@ def pruning(
     Args:
         before: the checkpoint as it was.
         after: as it is.
-        stats: of the inputs on data (`weightsmith.stats.gram`): Gram matrices, their blocks or diagonals.
+        stats: of the inputs on data (`weightsmith.stats.gram`): Gram matrices, their blocks or diagonals; of some of
+            the matrices is enough.
         pattern: names of tensors; by default matrices and convolutions without embeddings and the head.
         threads: workers; default one a core. Read by runs of rows.
 
     Returns:
         Report: a row a matrix: ``zeros``, the relative ``change``, the relative ``output change`` where data tell,
         ``rows gone`` and ``inputs gone`` (all zero, so that they can be cut), ``bytes`` and ``packed bytes`` (values
-        that are left and a bit for each place). The figures are of all together.
+        that are left and a bit for each place). The figures are of all together, None where they are no number; the
+        ``output change`` is of the matrices that data tell of.
 
     Raises:
-        ValueError: no matrix, other names or shapes.
+        Error: no matrix, other names or shapes, or stats of none of the matrices or of other shapes.
 
     >>> found = pruning({"w": torch.tensor([[3.0, 4.0]])}, {"w": torch.tensor([[0.0, 4.0]])}, pattern="*")
     >>> found["zeros"], found["change"]
@@ -59,29 +63,32 @@ def pruning(
     """
     old, new = open(before), open(after)
     names = prunable(old) if pattern is None else old.names(pattern, floating=True)
-    names = [name for name in names if len(old.spec(name).shape) >= 2 or pattern is not None]
+    names = [name for name in names if len(old.spec(name).shape) >= (2 if pattern is None else 1)]
     for name in names:
         if name not in new or new.spec(name).shape != old.spec(name).shape:
             raise Error(f"{name}: is {old.spec(name)} before, and after pruning it is {_said(new, name)}")
     if not names:
         raise Error(f"no matrix to look at among {listed(old)}; say which with pattern=")
-    told = None if stats is None else open(stats)
-    sums = _sums(old, new, names, told, threads)
+    known = {} if stats is None else _known(open(stats), old, names)
+    sums = _sums(old, new, names, known, threads)
     rows = [_row(old, name, sums[name]) for name in names]
-    together = functools.reduce(_added, sums.values())
+    together = {
+        word: torch.stack([sums[name][word] for name in (known if word in _OF_DATA else names)] or [torch.zeros(())]).sum()
+        for word in ("zeros", "change", "energy", *_OF_DATA)
+    }
     values = sum(row["values"] for row in rows)
     figures = {
         "matrices": len(rows),
         "zeros": float(together["zeros"]) / max(values, 1),
         "change": _relative(together["change"], together["energy"]),
-        "output change": None if told is None else _relative(together["outputs"], together["output energy"]),
+        "output change": _relative(together["outputs"], together["output energy"]) if known else None,
         "rows gone": sum(row["rows gone"] for row in rows),
         "inputs gone": sum(row["inputs gone"] for row in rows),
         "bytes": sum(row["bytes"] for row in rows),
         "packed bytes": sum(row["packed bytes"] for row in rows),
     }
     plots = [_by_layer(rows, "zeros")]
-    if told is not None:
+    if known:
         plots.append(grid("output change", rows, lambda row: row["output change"]))
     else:
         plots.append(grid("change", rows, lambda row: row["change"]))
@@ -93,11 +100,19 @@ def _said(weights: Weights, name: str) -> str:
     return str(weights.spec(name)) if name in weights else "not there"
 
 
+def _known(told: Weights, weights: Weights, names: Sequence[str]) -> dict[str, Any]:
+    """What the data say of a matrix, under whichever of its names."""
+    nodes = {id(weights.node(name)) for name in weights if name in told}
+    known = of_targets(told, "stats.gram", weights, [name for name in names if id(weights.node(name)) in nodes], "pruning")
+    if not known:
+        raise Error(f"pruning: stats say nothing of {listed(names)}; they are of {listed(told)}")
+    return known
+
+
 def _sums(
-    old: Weights, new: Weights, names: Sequence[str], told: Weights | None, threads: int | None
+    old: Weights, new: Weights, names: Sequence[str], known: Mapping[str, Any], threads: int | None
 ) -> dict[str, dict[str, Tensor]]:
     """By name, what adds up over rows."""
-    known = {name for name in names if told is not None and name in told}
     plain = [name for name in names if name not in known]
     found = dict(
         zip(
@@ -106,17 +121,19 @@ def _sums(
             strict=True,
         )
     )
-    reductions = {}
-    for name in known:
-        assert told is not None
-        inputs: list[Lazy | Entire] = [old.node(name), new.node(name), Entire(told.node(name))]
-        reductions[name] = Reduction([Inputs(inputs, "row")], functools.partial(single, _compared, _found))
+    reductions = {
+        name: Reduction(
+            [Inputs([old.node(name), new.node(name), gram], "row")], functools.partial(single, _compared, _found)
+        )
+        for name, gram in known.items()
+    }
     solve_all(list(reductions.values()), threads)
     found |= {name: reduction.value() for name, reduction in reductions.items()}
     return {name: _named(found[name]) for name in names}
 
 
 _WORDS = ("zeros", "change", "energy", "outputs", "output energy", "rows gone")
+_OF_DATA = ("outputs", "output energy")
 
 
 def _compared(before: Tensor, after: Tensor, gram: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -124,22 +141,13 @@ def _compared(before: Tensor, after: Tensor, gram: Tensor | None = None) -> tupl
     flat = before.reshape(len(before), before.shape[1:].numel()).double()
     left = after.reshape(flat.shape).double()
     apart, there = left - flat, left != 0
-    outputs = energy = torch.full((), math.nan, dtype=torch.float64, device=flat.device)
+    outputs = energy = flat.new_full((), math.nan)
     if gram is not None:
-        outputs, energy = (_energy(rows, gram.double()) for rows in (apart, flat))
+        gram = gram.to(flat.device)
+        outputs, energy = (flat.new_tensor(output_energy(rows, gram)) for rows in (apart, flat))
     rows_gone = (~there.any(dim=1)).sum() if flat.shape[1] else flat.new_zeros(())
     plain = [(~there).sum(), apart.square().sum(), flat.square().sum(), outputs, energy, rows_gone]
     return torch.stack([value.double() for value in plain]), there.sum(dim=0).double()
-
-
-def _energy(rows: Tensor, gram: Tensor) -> Tensor:
-    """``tr(W G W')``, from a Gram matrix, its blocks or its diagonal."""
-    if gram.dim() == 1:
-        return (rows.square() @ gram).sum()
-    if gram.dim() == 2:
-        return ((rows @ gram) * rows).sum()
-    parts = rows.reshape(len(rows), gram.shape[0], gram.shape[1])
-    return torch.einsum("rbi,bij,rbj->", parts, gram, parts)
 
 
 def _found(total: Any) -> Any:
@@ -153,14 +161,10 @@ def _named(found: tuple[Tensor, Tensor] | None) -> dict[str, Tensor]:
     return dict(zip(_WORDS, sums.cpu(), strict=True)) | {"inputs gone": (users == 0).sum().double().cpu()}
 
 
-def _added(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {word: torch.stack([one[word], other[word]]).nansum() for word in one}
-
-
 def _relative(error: Tensor, energy: Tensor) -> float | None:
     if not energy.isfinite() or not error.isfinite():
         return None
-    return math.sqrt(max(float(error), 0.0) / float(energy)) if energy else (0.0 if not error else None)
+    return math.sqrt(float(error / energy)) if energy else (0.0 if not error else None)
 
 
 def _row(weights: Weights, name: str, sums: Mapping[str, Tensor]) -> dict[str, Any]:

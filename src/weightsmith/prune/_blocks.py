@@ -140,6 +140,13 @@ def lpvit(
     Raises:
         Error: no batch, options out of range, a tensor that cannot be cut into such blocks, gradients that are not
             finite, or a sparsity that the floor forbids.
+
+    >>> layer = torch.nn.Linear(2, 2, bias=False)
+    >>> layer.weight.data = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    >>> data = [torch.tensor([[1.0, 0.1], [3.0, 0.2]])]                  # the second input is nearly nothing
+    >>> lpvit(layer, data, 0.5, structure="column", loss=lambda model, x: model(x).sum())["weight"]
+    tensor([[1., 0.],
+            [3., 0.]])
     """
     if not 0 <= sparsity <= 1 or not 0 <= floor <= 1:
         raise Error(f"sparsity and floor lie between 0 and 1, got {sparsity} and {floor}")

@@ -61,7 +61,20 @@ class Scattered(nn.Module):
             self.register_buffer("matrix", torch.sparse_csr_tensor(*parts, size=made.shape, check_invariants=True))
 
     def forward(self, columns: Tensor) -> Tensor:
-        return self.matrix @ columns
+        _check_inputs(self.matrix.shape[1], columns)
+        _check_scattered(self.matrix)
+        if not torch.is_autocast_enabled(columns.device.type):
+            return self.matrix @ columns
+        with torch.autocast(columns.device.type, enabled=False):  # there are no products of halves on a processor
+            return self.matrix @ columns.to(self.matrix.dtype)
+
+    def __deepcopy__(self, memory: dict[int, Any]) -> Scattered:
+        made = type(self).__new__(type(self))
+        memory[id(self)] = made
+        if id(self.matrix) not in memory:  # `copy` cannot copy tensors of this layout
+            memory[id(self.matrix)] = self.matrix.clone()
+        made.__dict__.update(copy.deepcopy(self.__dict__, memory))
+        return made
 
     def dense(self) -> Tensor:
         """``[out, in]``."""
@@ -70,6 +83,16 @@ class Scattered(nn.Module):
     def stored(self) -> int:
         """Values that are held."""
         return self.matrix.values().numel()
+
+
+def _check_inputs(inputs: int, columns: Tensor) -> None:
+    if len(columns) != inputs:
+        raise Error(f"a sparse layer of {inputs} inputs got {len(columns)}")
+
+
+def _check_scattered(values: Tensor) -> None:
+    if values.is_cpu and values.dtype in (torch.float16, torch.bfloat16):
+        raise Error(f'there is no scattered product for {values.dtype} on a processor; use float32, or layout="auto"')
 
 
 class BlockRows(nn.Module):
@@ -106,6 +129,7 @@ class BlockRows(nn.Module):
         self.register_buffer("places", order.argsort())
 
     def forward(self, columns: Tensor) -> Tensor:
+        _check_inputs(self.inputs, columns)
         batch, parts = columns.shape[1], []
         for i, (blocks, longest) in enumerate(self.sizes):
             values, wanted = self._values(i), self._columns(i)
@@ -170,6 +194,8 @@ class SparseLayer(nn.Module):
             made = self.product(values.reshape(places.numel(), values.shape[-1]).T.contiguous()).T
             return (made if self.bias is None else made + self.bias).reshape(*places, made.shape[1])
         single = values.dim() == self.axes + 1
+        if not single and values.dim() != self.axes + 2:
+            raise Error(f"a sparse convolution along {self.axes} axes got inputs {list(values.shape)}")
         values = values[None] if single else values
         values = values[(..., *(slice(None, None, step) for step in self.stride))]
         images, channels, places = len(values), values.shape[1], values.shape[2:]
@@ -206,8 +232,7 @@ def sparse_form(weight: Tensor, layout: str = "auto") -> Scattered | BlockRows:
         half = weight.is_cpu and weight.dtype in (torch.float16, torch.bfloat16)
         if height is not None or half:
             return BlockRows(weight, height or 1)
-    elif weight.is_cpu and weight.dtype in (torch.float16, torch.bfloat16):
-        raise Error(f'there is no scattered product for {weight.dtype} on a processor; use float32, or layout="auto"')
+    _check_scattered(weight)
     return Scattered(weight)
 
 
@@ -227,7 +252,7 @@ def _stored(weight: Tensor, height: int) -> int:
     "channels first in every layer",
 )
 def execute(module: nn.Module, *, layout: str = "auto", least: float = 0.9, pattern: Pattern = "*") -> nn.Module:
-    """A model whose pruned layers skip their zeros, with equal outputs but for rounding.
+    """A model whose pruned layers skip their zeros, with equal outputs but for rounding (for finite inputs).
 
     Args:
         module: a model with zeros in its weights; left as it was. All tensors but those of the layers that are
@@ -253,12 +278,15 @@ def execute(module: nn.Module, *, layout: str = "auto", least: float = 0.9, patt
     """
     if not 0 <= least <= 1:
         raise Error(f"least is a share of zeros in [0, 1], got {least}")
-    chosen = {name: layer for name, layer in _able(module).items() if matches(pattern, f"{name}.weight".lstrip("."))}
+    able = _able(module)
+    if not able:
+        raise Error("no layer here can skip its zeros: there is no plain linear layer or convolution of one position")
+    chosen = {name: layer for name, layer in able.items() if matches(pattern, f"{name}.weight".lstrip("."))}
     chosen = {name: layer for name, layer in chosen.items() if _zeros(layer.weight) >= least}
     if not chosen:
         raise Error(
             f"no linear layer or convolution of one position that fits {pattern!r} has {least:.0%} zeros; prune first, "
-            f"or give least=. There are {listed(list(_able(module)))}"
+            f"or give least=. There are {listed(list(able))}"
         )
     replaced: dict[int, SparseLayer] = {}
     for layer in chosen.values():
@@ -281,7 +309,8 @@ def _able(module: nn.Module) -> dict[str, nn.Linear | nn.Conv1d | nn.Conv2d]:
 
 
 def _is_plain(layer: nn.Linear | nn.Conv1d | nn.Conv2d) -> bool:
-    if type(layer) not in (nn.Linear, nn.Conv1d, nn.Conv2d) or layer._forward_hooks or layer._forward_pre_hooks:
+    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    if type(layer) not in (nn.Linear, nn.Conv1d, nn.Conv2d) or any(hooks) or "forward" in vars(layer):
         return False
     if isinstance(layer, nn.Linear):
         return True

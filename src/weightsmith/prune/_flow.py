@@ -28,14 +28,15 @@ from weightsmith.weights import Pattern, Weights, working
     "synaptic flow'",
     needs=("data",),
     unit="model",
-    claim="at any sparsity that leaves a path, no layer is emptied",
+    claim="in enough rounds, no layer is emptied while others have weights to lose",
 )
 def synflow(
     model: nn.Module, example: Tensor, sparsity: float, *, rounds: int = 100, pattern: Pattern | None = None
 ) -> Weights:
     r"""Scores by synaptic flow, found again after each round of pruning, without any data.
 
-    .. math:: R = \mathbf 1^\top \Bigl( \prod_l |W_l| \Bigr) \mathbf 1, \qquad s = |w| \frac{\partial R}{\partial |w|}
+    .. math:: R = \mathbf 1^\top \Bigl( \prod_l |W_l| \Bigr) \mathbf 1, \qquad
+        s = \Bigl| w \frac{\partial R}{\partial |w|} \Bigr|
 
     After round :math:`t` of :math:`T` the share :math:`(1 - \text{sparsity})^{t/T}` is left, of all tensors together.
     Cut with ``by_score(model, scores, sparsity, scope="global")``; a lower sparsity keeps what went last.
@@ -89,7 +90,7 @@ def flow_scores(
             gone = sparsity if turn == rounds else 1 - (1 - sparsity) ** (turn / rounds)
             keep = max(len(left) - round(len(left) * gone), 1)  # rounded as `by_score` does
             kept = torch.zeros_like(left)
-            kept[torch.where(left, found, -1.0).topk(keep).indices] = True
+            kept[torch.where(left, found, -torch.inf).topk(keep).indices] = True
             share = (found / found.amax().clamp(min=1e-300) / 2).float()
             # Whole numbers tell the round in which a weight went, fractions its flow then.
             every = torch.where(left, torch.where(kept, share, share + (turn - rounds - 1)), every)
@@ -113,7 +114,8 @@ class _Flow:
         out: Any = functional_call(self.model, self.values | masked, (self.ones,))
         out = getattr(out, "logits", out)
         slopes = torch.autograd.grad(out.sum(), list(masked.values()), materialize_grads=True)
-        found = [value.detach() * slope for value, slope in zip(masked.values(), slopes, strict=True)]
+        # Where not all paths add (norms of layers, attention) a slope may be below zero; its size counts.
+        found = [(value.detach() * slope).abs() for value, slope in zip(masked.values(), slopes, strict=True)]
         if not all(bool(part.isfinite().all()) for part in found):
             raise Error("the synaptic flow is not finite: too deep a network, or weights that are not finite")
         return found
@@ -124,8 +126,8 @@ class _Flow:
     needs=("data",),
     unit="model",
     claim="before any training, a larger gradient norm after pruning than by magnitude",
-    departs="higher is more worth keeping, so the sign is the other one; gradient and Hessian are of the same data, "
-    "in evaluation mode; not divided by the sum of all scores, which changes no order",
+    departs="higher is more worth keeping, so the sign is the other one; in evaluation mode (the authors' code is in "
+    "training mode); not divided by the sum of all scores, which changes no order",
 )
 def grasp(
     model: nn.Module,
@@ -140,13 +142,13 @@ def grasp(
     .. math:: s = \theta \odot H g, \qquad
         \lVert \nabla L(\theta - \theta_i e_i) \rVert^2 \approx \lVert g \rVert^2 - 2 s_i
 
-    with :math:`g` the gradient and :math:`H` the Hessian of the mean loss, both by the scored tensors alone. The paper
-    takes ten examples of each class, and one threshold for all tensors: ``by_score(..., scope="global")``.
+    with :math:`g` the gradient and :math:`H` the Hessian of the mean loss, both by the scored tensors alone. The
+    authors take ten examples of each class of CIFAR-10, and one threshold for all tensors: ``by_score(..., scope="global")``.
 
     Args:
         model: asked in evaluation mode and left as it was.
         batches: ``(inputs, labels)`` or mappings; read twice, so that what can be read only once is held.
-        temperature: what the logits are divided by, so that no class is all but certain; the paper's code has 200.
+        temperature: what the logits are divided by, so that no class is all but certain; the authors' code has 200.
         pattern: which parameters; by default `prunable` ones. A tied parameter is scored under its first name.
         loss: ``(model, batch) -> number``, summed over examples, of a model that returns the divided logits; the
             default is cross-entropy.

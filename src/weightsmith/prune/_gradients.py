@@ -6,6 +6,7 @@ network has been trained, by half of its curvature times the way squared.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from weightsmith.card import card
@@ -37,7 +38,7 @@ def snip(weight: Tensor, stats: Tensor) -> Tensor:
     >>> snip(torch.tensor([2.0, -1.0]), torch.tensor([0.5, 3.0]))
     tensor([1., 3.])
     """
-    return (weight.float() * stats.float()).abs()
+    return (weight.float() * stats.to(weight.device, torch.float32)).abs()
 
 
 @card(
@@ -69,7 +70,7 @@ def taylor(weight: Tensor, stats: Tensor, *, squared: bool = False) -> Tensor:
     >>> taylor(torch.tensor([2.0, -1.0]), torch.tensor([0.5, 3.0]))
     tensor([-1.,  3.])
     """
-    change = -(weight.float() * stats.float())
+    change = -(weight.float() * stats.to(weight.device, torch.float32))
     return change.square() if squared else change
 
 
@@ -100,4 +101,4 @@ def obd(weight: Tensor, stats: Tensor) -> Tensor:
     >>> obd(torch.tensor([2.0, -1.0]), torch.tensor([0.5, 3.0]))
     tensor([1.0000, 1.5000])
     """
-    return 0.5 * stats.float() * weight.float().square()
+    return 0.5 * stats.to(weight.device, torch.float32) * weight.float().square()

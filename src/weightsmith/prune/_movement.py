@@ -77,11 +77,14 @@ def init(model: nn.Module, names: list[str]) -> State:
 @torch.no_grad()
 def step(state: State, parameters: Mapping[str, Tensor], slopes: Mapping[str, Tensor]) -> tuple[State, Info]:
     """Add what one gradient says; parameters without one count as not moved. The state that goes in stays."""
-    away = {name: -(working(slope) * working(parameters[name])) for name, slope in slopes.items()}
-    totals = {name: total + away[name] if name in away else total for name, total in state.totals.items()}
-    falling = torch.stack([(part < 0).sum().cpu() for part in away.values()]).sum()
+    totals = dict(state.totals)
+    falling = 0
+    for name, slope in slopes.items():
+        towards = working(slope) * working(parameters[name])
+        totals[name] = state.totals[name] - towards
+        falling += int((towards > 0).sum())
     every = sum(total.numel() for total in totals.values())
-    return State(totals, state.count + 1), Info(state.count + 1, int(falling) / max(every, 1))
+    return State(totals, state.count + 1), Info(state.count + 1, falling / max(every, 1))
 
 
 class Movement:
@@ -95,12 +98,15 @@ class Movement:
         """Take in the gradients that the parameters have now.
 
         Raises:
-            Error: none of the parameters has a gradient, or one is not finite.
+            Error: none of the parameters has a gradient, or one is not finite; the scores are then what they were.
         """
         own = dict(self.model.named_parameters(remove_duplicate=False))
         slopes = {name: own[name].grad for name in self.state.totals if own[name].grad is not None}
         if not slopes:
             raise Error("movement found no gradient: call update() after backward() and before zero_grad()")
+        wrong = [name for name, slope in slopes.items() if not slope.isfinite().all()]
+        if wrong:
+            raise Error(f"the gradients of {listed(wrong)} are not finite; skip update() on steps that overflow")
         self.state, info = step(self.state, own, slopes)  # type: ignore[arg-type]
         return info
 
@@ -108,20 +114,28 @@ class Movement:
         """The scores so far, ``[*shape]`` float32.
 
         Raises:
-            Error: no step yet, or scores that are not finite, since a gradient was not.
+            Error: no step yet, or scores that are not finite, since a weight was not.
         """
         if not self.state.count:
             raise Error("there are no scores yet: call update() after each backward pass")
         wrong = [name for name, total in self.state.totals.items() if not total.isfinite().all()]
         if wrong:
-            raise Error(f"the scores of {listed(wrong)} are not finite; were the gradients? Skip steps that overflow")
+            raise Error(f"the scores of {listed(wrong)} are not finite; were the weights?")
         return Weights.of({name: total.float() for name, total in self.state.totals.items()})
 
     def above(self, threshold: float) -> Weights:
         r"""The masks of soft movement pruning, :math:`\sigma(S) > \tau`: how much goes follows from the scores.
 
+        There, a penalty on :math:`\sigma(S)` drives the scores down; here nothing does.
+
         Args:
-            threshold: :math:`\tau`, above 0 and below 1.
+            threshold: :math:`\tau`, above 0 and below 1; the authors' runs have 0.1.
+
+        Returns:
+            Weights: boolean, true where a weight is kept.
+
+        Raises:
+            Error: a threshold out of range, or what `scores` refuses.
         """
         if not 0 < threshold < 1:
             raise Error(f"a threshold of sigmoids lies between 0 and 1, got {threshold}")
@@ -138,7 +152,7 @@ class Movement:
         Raises:
             Error: it is of other parameters.
         """
-        if saved["totals"].keys() != self.state.totals.keys():
-            raise Error(f"the saved scores are of other parameters: {listed(saved['totals'])}")
-        devices = {name: total.device for name, total in self.state.totals.items()}
-        self.state = State({n: saved["totals"][n].to(d) for n, d in devices.items()}, int(saved["count"]))
+        totals, own = saved["totals"], self.state.totals
+        if totals.keys() != own.keys() or any(totals[name].shape != total.shape for name, total in own.items()):
+            raise Error(f"the saved scores are of other parameters: {listed(totals)}")
+        self.state = State({name: totals[name].to(total) for name, total in own.items()}, int(saved["count"]))

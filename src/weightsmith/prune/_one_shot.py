@@ -10,14 +10,18 @@ import importlib
 import inspect
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
-from weightsmith.card import card, card_of
+from weightsmith.card import card
 from weightsmith.errors import Error, did_you_mean
 from weightsmith.prune.room import Scope, Source, Sparsity, chosen_targets, needed
 from weightsmith.weights import Pattern, PerTensor, Weights, as_dtype, open
+
+BY_GRADIENTS = ("stats.gradients", "stats.fisher")
+"""Statistics that are gathered from the whole model at once."""
 
 
 @card(
@@ -41,7 +45,7 @@ def one_shot(
     pattern: Pattern | None = None,
     samples: int = 128,
     length: int = 512,
-    propagate: str = "changed",
+    propagate: Literal["changed", "dense"] = "changed",
     dtype: str = "float32",
     device: str = "cpu",
     store: str | None = None,
@@ -73,45 +77,81 @@ def one_shot(
         seed: of random choices.
 
     Returns:
-        Weights: in the dtype they had, with exact zeros.
+        Weights: in the dtype they had, with exact zeros. Memory: that of `sequential`; with ``allocate`` that asks the
+        data, diagonals of Gram matrices (whole ones for curves of a score that needs them); with a score that asks for
+        gradients, or healing, whole models.
 
     Raises:
-        ValueError: a name that is not there, a text that is too short, or what the parts refuse.
+        Error: a name that is not there or cannot be used here, a text that is too short, or what the parts refuse.
     """
-    from weightsmith.prune import METHODS
-
-    opened = open(weights)
-    _known("score", score, METHODS)
-    _known("repair", repair, _room("repair").METHODS)
-    _known("allocate", allocate, _room("allocation").METHODS)
-    if score is None and repair is None:
-        raise Error("one_shot needs a score, or a repair that chooses what goes, such as sparsegpt")
-    batches = batches_of(opened, calibrate, samples, length, seed)
-    if allocate is not None:
-        sparsity = shares(opened, allocate, score, sparsity, batches, pattern, dtype, device)
     from weightsmith.prune import sequential
 
-    ways = {"scope": scope, "structure": structure, "propagate": propagate, "store": store, "resume": resume}
-    way: Any = score
-    if score is not None and needed(METHODS[score]) in ("stats.gradients", "stats.fisher"):
+    opened, width = open(weights), as_dtype(dtype)
+    whole = _checked(opened, sparsity, score, repair, allocate, scope, structure, pattern, propagate, heal)
+    batches = batches_of(opened, calibrate, samples, length, seed)
+    if allocate is not None:
+        way = {"structure": structure} | ({} if scope is None else {"scope": scope})
+        sparsity = shares(opened, allocate, score, sparsity, batches, pattern, dtype, device, way)
+    by: Any = score
+    if whole:
+        assert score is not None
         masks = _by_gradients(opened, batches, score, sparsity, scope, structure, pattern, dtype, device)
-        way, ways = _kept(masks), ways | {"scope": "tensor", "structure": "element"}
-        if not _is_pattern(sparsity):
-            sparsity = {name: 1 - float(masks[name].double().mean()) for name in masks}
+        by, scope, structure = _kept(masks, score), "tensor", "element"
+        if not isinstance(sparsity, str):
+            sparsity = {name: 1 - int(mask.sum()) / max(mask.numel(), 1) for name, mask in masks.items()}
     pruned = sequential(
-        opened,
-        batches,
-        sparsity,
-        score=way,
-        repair=repair,
-        pattern=pattern,
-        dtype=as_dtype(dtype),
-        device=device,
-        **ways,
-    )
+        opened, batches, sparsity, score=by, repair=repair, scope=scope, structure=structure, propagate=propagate,
+        pattern=pattern, dtype=width, device=device, store=store, resume=resume,
+    )  # fmt: skip
     if heal:
-        pruned = _room("repair").heal_weights(pruned, opened, batches, steps=heal, seed=seed)
+        teacher = _model(opened, "float32").to(device)
+        pruned = _room("repair").heal_weights(pruned, teacher, batches, model=teacher, steps=heal, seed=seed)
     return pruned
+
+
+def _checked(
+    weights: Weights, sparsity: Any, score: str | None, repair: str | None, allocate: str | None, scope: Scope | None,
+    structure: Any, pattern: Pattern | None, propagate: str, heal: int,
+) -> bool:  # fmt: skip
+    """Whether the score needs the whole model; what does not go together is found now, before any data are read."""
+    from weightsmith.prune import METHODS
+    from weightsmith.prune._sequential import _Plan
+
+    lifted = "it is not a score of single weights"
+    _known("score", score, METHODS, lambda method: hasattr(method, "kernel"), lifted)
+    repairs = _room("repair").METHODS
+    _known(
+        "repair", repair, repairs, lambda method: hasattr(method, "kernel"), "it is no repair of one layer at a time"
+    )
+    _known(
+        "allocate",
+        allocate,
+        _room("allocation").METHODS,
+        _gives_shares,
+        "it asks for more than weights and Gram matrices",
+    )
+    if score is None and repair is None:
+        raise Error("one_shot needs a score, or a repair that chooses what goes, such as sparsegpt")
+    whole = score is not None and needed(METHODS[score]) in BY_GRADIENTS
+    # A score that asks for gradients gives masks beforehand; these have any scope.
+    _Plan(weights, sparsity, "magnitude" if whole else score, repair, None if whole else scope, structure, pattern, {})
+    if allocate is not None and (isinstance(sparsity, bool) or not isinstance(sparsity, int | float)):
+        raise Error(f"allocate={allocate!r} shares one number among the tensors; got sparsity={sparsity!r}")
+    if allocate is not None and scope == "global":
+        raise Error(f'allocate={allocate!r} shares the budget among the tensors, and so does scope="global"; give one')
+    if propagate not in ("changed", "dense"):
+        raise Error(f"propagate is 'changed' or 'dense', got {propagate!r}")
+    if heal < 0:
+        raise Error(f"heal is a number of steps, got {heal}")
+    return whole
+
+
+def _gives_shares(method: Callable[..., Any]) -> bool:
+    """Whether weights, or curves of what pruning them does, are all that an allocation asks for."""
+    signature = inspect.signature(method)
+    return (
+        next(iter(signature.parameters)) in ("weights", "curves") and signature.return_annotation == "dict[str, float]"
+    )
 
 
 def batches_of(weights: Weights, given: Any, samples: int, length: int, seed: int) -> list[Any]:
@@ -130,41 +170,45 @@ def batches_of(weights: Weights, given: Any, samples: int, length: int, seed: in
 
 def shares(
     weights: Weights, name: str, score: str | None, sparsity: Any, batches: Sequence[Any], pattern: Pattern | None,
-    dtype: str, device: str,
+    dtype: str, device: str, way: Mapping[str, Any],
 ) -> dict[str, float]:  # fmt: skip
     """What an allocation gives each tensor, with the data that it asks for; curves are of what the score removes."""
     from weightsmith.prune import METHODS
+    from weightsmith.prune._sequential import _diagonal_will_do
 
     room = _room("allocation")
     method = room.METHODS[name]
-    if not isinstance(sparsity, int | float):
-        raise Error(f"allocate={name!r} shares one number among the tensors; got sparsity={sparsity!r}")
     options: dict[str, Any] = {} if pattern is None else {"pattern": pattern}
-    first = next(iter(inspect.signature(method).parameters))
-    by_curves = first == "curves"
+    by_curves = next(iter(inspect.signature(method).parameters)) == "curves"
     if needed(method) != "stats.gram" and not by_curves:
         return method(weights, sparsity, **options)
-    told = energies(weights, batches, chosen_targets(weights, pattern), dtype, device)
+    own = METHODS[score or "wanda"]
+    whole = by_curves and needed(own) == "stats.gram" and not _diagonal_will_do(own.kernel, {})
+    told = grams(weights, batches, chosen_targets(weights, pattern), dtype, device, "full" if whole else "diagonal")
     if not by_curves:
         return method(weights, sparsity, stats=told, **options)
-    own = METHODS[score or "wanda"]
-    removed = functools.partial(own, stats=told) if needed(own) == "stats.gram" else own
-    curves = room.gram_curves(weights, stats=told, method=removed, **options)
+    need = needed(own)
+    if need is not None:
+        seen = _gradients(weights, batches, need, pattern, dtype, device) if need in BY_GRADIENTS else told
+        own = functools.partial(own, stats=seen)
+    curves = room.gram_curves(weights, stats=told, method=functools.partial(own, pattern="*", **way), **options)
     return method(curves, sparsity)
 
 
-def energies(weights: Weights, batches: Sequence[Any], names: Sequence[str], dtype: str, device: str) -> Weights:
-    """Diagonals of the Gram matrices of the dense model, gathered block by block."""
+def grams(
+    weights: Weights, batches: Sequence[Any], names: Sequence[str], dtype: str, device: str,
+    form: Literal["full", "diagonal"],
+) -> Weights:  # fmt: skip
+    """Gram matrices of the dense model, or their diagonals, gathered block by block."""
     from weightsmith.stats import Gram, walk
 
     found: dict[str, Any] = {}
 
     def visit(block: Any) -> None:
-        for one in block.statistics["gram"]:
-            found[one] = block.statistics["gram"][one]
+        found.update({name: gram.cpu() for name, gram in block.statistics["gram"].items()})
 
     chosen = frozenset(names)
-    statistics = {"gram": Gram(pattern=chosen.__contains__, form="diagonal")}
+    statistics = {"gram": Gram(pattern=chosen.__contains__, form=form)}
     walk(weights, batches, visit, statistics=statistics, propagate="dense", dtype=as_dtype(dtype), device=device)
     return Weights.of(found)
 
@@ -172,31 +216,37 @@ def energies(weights: Weights, batches: Sequence[Any], names: Sequence[str], dty
 def _by_gradients(
     weights: Weights, batches: Sequence[Any], score: str, sparsity: Any, scope: Scope | None, structure: Any,
     pattern: Pattern | None, dtype: str, device: str,
-) -> Weights:  # fmt: skip
+) -> dict[str, Tensor]:  # fmt: skip
     """The masks of a score that asks for gradients: these come from the whole model."""
-    from weightsmith import stats
     from weightsmith.prune import METHODS
 
-    model = _model(weights, dtype).to(device)
-    need = needed(METHODS[score])
-    gather: Callable[..., Weights] = stats.gradients if need == "stats.gradients" else stats.fisher
-    options: dict[str, Any] = {} if need == "stats.gradients" else {"labels": "given"}
-    told = gather(model, batches, pattern=chosen_targets(weights, pattern), **options)
+    told = _gradients(weights, batches, needed(METHODS[score]), pattern, dtype, device)
     how: dict[str, Any] = {"structure": structure, "action": "mask"} | ({} if scope is None else {"scope": scope})
-    return METHODS[score](weights, sparsity, stats=told, pattern=pattern, **how)
+    return METHODS[score](weights, sparsity, stats=told, pattern=pattern, **how).to_dict()
 
 
-def _kept(masks: Weights) -> Callable[..., Tensor]:
-    """A score that says again what a mask says."""
+def _gradients(
+    weights: Weights, batches: Sequence[Any], need: str | None, pattern: Pattern | None, dtype: str, device: str
+) -> Weights:
+    """Gradients of the dense model, or the empirical Fisher information."""
+    from weightsmith.stats import fisher, gradients
+    from weightsmith.stats.room import mapped
 
-    def kept(weight: Tensor, *, key: str) -> Tensor:
-        return masks[key].float() if key in masks else weight.float().abs()
+    model = _model(weights, dtype).to(device)
+    gather = gradients if need == "stats.gradients" else functools.partial(fisher, labels="given")
+    moved = (mapped(lambda value: value.to(device), batch) for batch in batches)
+    found = gather(model, moved, pattern=chosen_targets(weights, pattern))
+    return Weights.of({name: value.cpu() for name, value in found.items()})
 
+
+def _kept(masks: Mapping[str, Tensor], score: str) -> Callable[..., Tensor]:
+    """A score that says again what masks say."""
+
+    def kept(weight: Tensor, *, key: str = "") -> Tensor:
+        return masks[key].to(weight.device, torch.float32) if key else weight.float().abs()
+
+    kept.__name__ = score  # what a store is known by
     return card(paper="")(kept)
-
-
-def _is_pattern(sparsity: Any) -> bool:
-    return isinstance(sparsity, str)
 
 
 def _model(weights: Weights, dtype: str) -> nn.Module:
@@ -206,12 +256,17 @@ def _model(weights: Weights, dtype: str) -> nn.Module:
     return with_weights(config, weights, as_dtype(dtype)).eval()
 
 
-def _known(option: str, name: str | None, methods: Mapping[str, Any]) -> None:
-    if name is not None and name not in methods:
-        there = ", ".join(methods)
-        raise Error(f"{option} is one of {there}; got {name!r}{did_you_mean(name, methods)}")
-    if name is not None and option == "score" and card_of(methods[name]).unit == "model":
-        raise Error(f"score={name!r} is not a score of single weights; give it on the model with by_score")
+def _known(
+    option: str, name: str | None, methods: Mapping[str, Any], fits: Callable[[Any], bool], why: str
+) -> None:  # fmt: skip
+    """An error for a name that is not there, or that of a method that is called otherwise."""
+    if name is None:
+        return
+    usable = [one for one in methods if fits(methods[one])]
+    if name not in methods:
+        raise Error(f"{option} is one of {', '.join(usable)}; got {name!r}{did_you_mean(name, usable)}")
+    if name not in usable:
+        raise Error(f"{option}={name!r}: {why}, so call it by itself; known here are {', '.join(usable)}")
 
 
 def _room(name: str) -> Any:

@@ -231,7 +231,7 @@ class _Asked:
         with free_parameters(self.model, []):
             masked = self.masked(kept)
             free = [masked[name].requires_grad_() for name in names]
-            total = torch.zeros(sum(value.numel() for value in free), device=free[0].device)
+            total = torch.zeros_like(torch.cat([working(value.detach()).flatten() for value in free]))
             for batch in self.batches:
                 value = called_loss(self.model, masked, batch, self.given, tied=True)
                 found = torch.autograd.grad(value, free, materialize_grads=True)

@@ -33,13 +33,10 @@ def kept_of_groups(score: Tensor, *, keep: int, group: int) -> Tensor:
     if not score.numel() or not 0 < keep < group:
         return torch.full(score.shape, keep > 0, dtype=torch.bool, device=score.device)
     runs = keys(score).reshape(-1, group)
-    level = _nth_highest(runs, keep)
-    mask = runs >= level
-    if int(mask.count_nonzero()) > keep * len(runs):  # ties at the level: of those the first
-        many = mask.sum(dim=-1) > keep
-        equal, above = runs[many] == level[many], runs[many] > level[many]
-        left = keep - above.sum(dim=-1, keepdim=True)
-        mask[many] = above | (equal & (equal.cumsum(dim=-1) <= left))
+    mask = runs >= _nth_highest(runs, keep)
+    if int(mask.count_nonzero()) > keep * len(runs):  # ties at the threshold: their places decide
+        runs = runs.long() * group - torch.arange(group, device=score.device)
+        mask = runs >= _nth_highest(runs, keep)
     return mask.reshape(score.shape)
 
 

@@ -42,7 +42,8 @@ _NOT_BY_DEFAULT = re.compile(r"embed|wte|wpe|tok_|lm_head|^shared\.|^output\.wei
 
 
 Scope = Literal["tensor", "row", "global"]
-"""Among what a budget is shared: one tensor, one row of it (what makes one output), or all tensors."""
+"""Among what a budget is shared: one tensor, one row of it (what makes one output; all of a tensor of one axis), or all
+tensors."""
 
 Action = Literal["zero", "mask"]
 
@@ -87,8 +88,9 @@ def lift(kernel: Callable[..., Tensor], scope: Scope = "tensor") -> Any:
     The public function takes, beside the score's own options (each possibly `PerTensor`):
     ``sparsity``, the share to remove or an N:M pattern; ``scope``, whether each tensor loses that
     share, each of its rows does, or all together do (by default ``scope`` here); ``structure``, what is removed as
-    one: ``"element"``, ``"row"``, ``"column"`` or blocks of rows x columns such as ``"16x16"``; ``pattern``, which
-    tensors (default `prunable`); ``action``, ``"zero"`` for pruned weights or ``"mask"`` for the boolean mask of what
+    one: ``"element"``, ``"row"``, ``"column"`` or blocks of rows x columns such as ``"16x16"``, of which the share is
+    then one (of all blocks alike, whatever their size, with ``scope="global"``; of those side by side with
+    ``scope="row"``), in the order of their mean scores; ``pattern``, which tensors (default `prunable`); ``action``, ``"zero"`` for pruned weights or ``"mask"`` for the boolean mask of what
     is kept. Where the card needs a statistic, ``stats`` is what `weightsmith.stats` found, and the kernel's second
     argument is that of the tensor. A kernel that names ``key`` is told the tensor's name. Called with a tensor it is
     the kernel.
@@ -96,10 +98,10 @@ def lift(kernel: Callable[..., Tensor], scope: Scope = "tensor") -> Any:
     statistic = needed(kernel)
     keyed = "key" in inspect.signature(kernel).parameters
 
-    def prune(weights: Any, sparsity: Any = 0.5, **options: Any) -> Any:
-        if isinstance(weights, Tensor):
-            given = [sparsity] if statistic and not isinstance(sparsity, float) else []
-            return kernel(weights, *given, **options)
+    def prune(weights: Any, *given: Any, **options: Any) -> Any:
+        return (kernel if isinstance(weights, Tensor) else pruned)(weights, *given, **options)
+
+    def pruned(weights: Any, sparsity: Any = 0.5, **options: Any) -> Weights:
         how = {name: options.pop(name, usual) for name, usual in usual_settings.items()}
         said = {name: value for name, value in how.items() if value != usual_settings[name] and name != "pattern"}
         said = {"sparsity": sparsity, "scope": how["scope"]} | said | options
@@ -138,25 +140,33 @@ def by_score(
         scores: ``[*shape]`` under the names of weights.
         sparsity: the share to remove or an N:M pattern, possibly by tensor.
         scope: among what the budget is shared.
-        structure: what is removed as one.
+        structure: what is removed as one, in the order of mean scores; see `lift`.
         action: ``"zero"``, or ``"mask"`` for the boolean mask of what is kept.
 
+    Returns:
+        Weights: the pruned ones, or the masks. Of equal scores the first are kept; NaN counts as the highest.
+
     Raises:
-        Error: a score that fits no weight.
+        Error: a score that fits no weight, two scores of one tied tensor, or options that cannot be had.
 
     >>> by_score({"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([5.0, 3.0])})["w"]
     tensor([1., 0.])
     """
     opened, found = open(weights), open(scores)
     ties = opened.ties
+    nodes: dict[str, Lazy] = {}
     for name in found:
         if name not in opened or opened.spec(name).shape != found.spec(name).shape:
             raise Error(f"the score of {name} fits no tensor of that name and shape {list(found.spec(name).shape)}")
-    nodes: dict[str, Any] = {ties.get(name, name): found.node(name) for name in reversed(list(found))}
+        first = ties.get(name, name)
+        if nodes.setdefault(first, found.node(name)) is not found.node(name):
+            raise Error(f"{name} and {first} are one tensor, but have two scores; leave one of them out")
     if not nodes:
         raise Error("by_score needs the score of at least 1 tensor, got none")
-    masks = masks_of(dict(reversed(nodes.items())), sparsity, scope, structure)
-    return acted(opened, masks, action, "prune.by_score", {"sparsity": sparsity, "scope": scope})
+    masks = masks_of(nodes, sparsity, scope, structure)
+    said: dict[str, Any] = {"sparsity": sparsity, "scope": scope}
+    said |= {} if structure == "element" else {"structure": structure}
+    return acted(opened, masks, action, "prune.by_score", said)
 
 
 # Statistics
@@ -256,15 +266,22 @@ def masks_of(
 ) -> dict[str, Output]:
     """Scores to masks: allocate and select."""
     shares = allocated(scores, sparsity, scope)
-    wholes = {name: whole_of(value, name) for name, value in resolved(structure, scores, "structure").items()}
+    words = resolved(structure, scores, "structure")
+    wholes = {name: whole_of(word, name) for name, word in words.items()}
     for name, whole in wholes.items():
         if whole != (1, 1) and isinstance(shares[name], tuple):
-            raise Error(f"{name}: an N:M pattern is of elements; structure={structure!r} does not go with it")
+            raise Error(f"{name}: an N:M pattern is of elements; structure={words[name]!r} does not go with it")
     merged = {name: pooled(scores[name], whole, name) for name, whole in wholes.items()}
-    if scope != "row":
-        masks = selected(merged, shares, scope)
-    else:
+    if scope == "row":
+        for name, whole in wholes.items():
+            if whole != (1, 1) and merged[name].spec.shape[1:] == (1,):
+                raise Error(
+                    f"{name}: structure={words[name]!r} takes whole rows, of which scope='row' cannot remove a share; "
+                    "write scope='tensor'"
+                )
         masks = {name: _cut_rows(score, shares[name]) for name, score in merged.items()}
+    else:
+        masks = selected(merged, shares, scope)
     return {name: spread(mask, wholes[name], scores[name].spec.shape) for name, mask in masks.items()}
 
 
@@ -356,7 +373,7 @@ def acted(weights: Weights, masks: Mapping[str, Lazy], action: str, method: str,
 
 def masked(weight: Tensor, mask: Tensor) -> Tensor:
     """``weight`` where the mask is true, else zero (also where the weight is not finite)."""
-    return torch.where(mask, weight, torch.zeros((), dtype=weight.dtype, device=weight.device))
+    return torch.where(mask.to(weight.device), weight, torch.zeros((), dtype=weight.dtype, device=weight.device))
 
 
 def apply_mask(weights: Source, mask: Weights) -> Weights:

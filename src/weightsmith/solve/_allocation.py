@@ -67,9 +67,9 @@ def knapsack(
     items = _items(costs, sizes, budget, at_least, "knapsack")
     room = min(items.room, math.fsum(float(size.max()) for size in items.sizes))  # more than all could use is no use
     unit = _unit(items.sizes, room, cells)
-    # At least so much removed is at most so much left: sizes always count what is in the way, and are rounded up.
-    steps = [torch.ceil(size / unit * (1 - _ROUNDING) - 1e-6).long() for size in items.sizes]
     width = math.floor(room / unit * (1 + _ROUNDING) + _ROUNDING) + 1
+    # At least so much removed is at most so much left: sizes always count what is in the way, and are rounded up.
+    steps = [torch.ceil(size / unit * (1 - _ROUNDING) - 1e-6).clamp(max=width).long() for size in items.sizes]
     best = torch.zeros(width, dtype=torch.float64)
     kind = torch.uint8 if max(map(len, items.costs), default=0) <= 2**8 else torch.int32
     taken = torch.zeros(len(items.costs), width, dtype=kind)
@@ -176,7 +176,9 @@ def _unit(sizes: Sequence[Tensor], room: float, cells: int) -> float:
         unit = _divisor(value, unit, _ROUNDING * scale)
     if unit > 0 and room / unit <= cells and all(abs(v / unit - round(v / unit)) < 1e-6 for v in values):
         return unit
-    return room / cells if room > 0 else 1.0
+    if room > 0:
+        return room / cells
+    return min((value for value in values if value > _ROUNDING * scale), default=1.0)  # nothing that has a size fits
 
 
 def _divisor(one: float, other: float, nothing: float) -> float:

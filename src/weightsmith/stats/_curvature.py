@@ -39,8 +39,9 @@ def curvature(
     .. math:: h = \frac1n \sum_b \frac1m \sum_{i=1}^m z_{bi} \odot H_b z_{bi}, \qquad
         H_b = \sum_{x \in b} \nabla^2 \ell(x)
 
-    Every batch has signs of its own, so that more batches are more draws as well. Values are right on average, and
-    off by the entries beside the diagonal; some come out below zero where the curvature is not.
+    Every batch has signs of its own, so that more batches are more draws as well; shards of data, and processes of a
+    group, have the same ones unless each is given another seed. Values are right on average, and off by the entries
+    beside the diagonal; some come out below zero where the curvature is not.
 
     Args:
         model: asked in evaluation mode and left as it was; frozen parameters count as well. Its dtype is that of the
@@ -57,10 +58,12 @@ def curvature(
 
     Returns:
         Weights: ``[*shape]`` under the name of each parameter, float32 (float64 for such), summed in float64. Tied
-        parameters share one tensor, whose curvature is that of moving them together.
+        parameters share one tensor, whose curvature is that of moving them together. The memory is that of two passes
+        and some numbers a parameter: float64 sums, signs and products.
 
     Raises:
-        ValueError: no draw, no batch, no parameter that fits, no labels, or a loss of several numbers.
+        ValueError: no draw, no batch, no parameter that fits, no labels, a loss of several numbers, or products that
+            are not finite.
 
     Bekas, Kokiopoulou, Saad 2007, 'An estimator for the diagonal of a matrix'; Schraudolph 2002, 'Fast Curvature
     Matrix-Vector Products for Second-Order Gradient Descent' (Gauss-Newton). For a loss that is a mean over other
@@ -112,10 +115,12 @@ def hessian_gradient(
         loss: ``(model, batch) -> number``, summed over the examples of the batch; the default is cross-entropy.
 
     Returns:
-        Weights: ``[*shape]`` under the name of each parameter, float32 (float64 for such).
+        Weights: ``[*shape]`` under the name of each parameter, float32 (float64 for such). The products are made in
+        the dtype of the model, to which the gradient is rounded for them: in bf16 they are rough.
 
     Raises:
-        ValueError: no batch, no parameter that fits, no labels, or a loss of several numbers.
+        ValueError: no batch, no parameter that fits, no labels, a loss of several numbers, or products that are not
+            finite.
 
     >>> layer = torch.nn.Linear(1, 1, bias=False)
     >>> _ = torch.nn.init.constant_(layer.weight, 3.0)

@@ -44,18 +44,13 @@ def reduced(found: Found | None, group: Any = None) -> Any:
     """
     given: dict[str, Weights] | None
     given = {"": found} if isinstance(found, Weights) else None if found is None else dict(found)
-    result = _reduced(given, _group(group), None)
+    result = _reduced(lambda: given, _group(group))
     return result[""] if list(result) == [""] else result
 
 
 def together(gather: Callable[[], dict[str, Weights]], group: Any) -> dict[str, Weights]:
     """What all processes gather, together; an error in one of them is an error in all, and none waits for ever."""
-    group = _group(group)
-    try:
-        found, problem = gather(), None
-    except Exception as error:
-        found, problem = None, error
-    return _reduced(found, group, problem)
+    return _reduced(gather, _group(group))
 
 
 def _group(group: Any) -> Any:
@@ -65,9 +60,14 @@ def _group(group: Any) -> Any:
     return processes.group.WORLD if everyone else group
 
 
-def _reduced(found: dict[str, Weights] | None, group: Any, problem: Exception | None) -> dict[str, Weights]:
+def _reduced(gather: Callable[[], dict[str, Weights] | None], group: Any) -> dict[str, Weights]:
     headers: list[Any] = [None] * processes.get_world_size(group)
-    mine = errors.told(problem) if problem else None if found is None else _header(found)
+    found, problem = None, None
+    try:
+        found = gather()
+        mine = None if found is None else _header(found)
+    except Exception as error:
+        mine, problem = errors.told(error), error
     processes.all_gather_object(headers, mine, group=group)
     if problem is not None:
         raise problem
@@ -99,17 +99,18 @@ def _one(key: str, found: Weights | None, headers: Sequence[Any], group: Any) ->
         raise Error("statistics need at least one batch of data in one of the processes, got none")
     made: dict[object, Tensor] = {}
     values: dict[str, Tensor] = {}
-    own = None if found is None else said_of(found)
+    own = processes.get_rank(group)
     for name in dict.fromkeys(name for _, names in full for name in names):
         there = [header[1].get(name) if header else None for header in headers]
         specs = list(dict.fromkeys(entry[0] for entry in there if entry))
         if len(specs) > 1:
             raise Error(f"{what}: {name} is {' in one process and '.join(map(str, specs))} in another")
+        # Of every process, so that what is lacking in one is an error in all.
+        parts = [part_of(header[0], total, name) if header and name in header[1] else 0.0 for header in headers]
         tied = tuple(entry and entry[1] for entry in there)  # one tensor where it is one in every process
         if tied not in made:
-            part = part_of(own, total, name) if own is not None and found is not None and name in found else None
-            value = found[name] if found is not None and part is not None else None
-            made[tied] = _sum(value, part or 0.0, specs[0], total, group)
+            value = found[name] if found is not None and name in found else None
+            made[tied] = _sum(value, parts[own], specs[0], total, group)
         values[name] = made[tied]
     plain = Weights.of(values)
     step = Step("stats.reduced", {"processes": len(headers)}, () if found is None else (found.lineage,))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from weightsmith.errors import Error
+from weightsmith.errors import Error, listed
 from weightsmith.stats.room import Access, Batch, Loss, chosen_names, collect, size
 from weightsmith.weights import Pattern, Weights, matches, working, working_dtype
 
@@ -52,7 +52,8 @@ def gradients(
         that of the pass and float64 sums of the parameters.
 
     Raises:
-        ValueError: no batch, no parameter that fits, no labels, or a loss of several numbers.
+        ValueError: no batch, no parameter that fits, no labels, a loss of several numbers, or gradients that are not
+            finite.
 
     >>> layer = torch.nn.Linear(1, 1, bias=False)
     >>> data = [torch.tensor([[1.0]]), torch.tensor([[3.0]])]
@@ -112,11 +113,17 @@ class Leaves:
         return [torch.zeros_like(value, dtype=torch.float64, requires_grad=False) for value in self.tensors]
 
     def means(self, totals: Iterable[Tensor], examples: int) -> dict[str, Tensor]:
-        """Sums over examples as means, under every name."""
+        """Sums over examples as means, under every name; an error where they are not finite."""
         found = {
             name: (total / max(examples, 1)).to(working_dtype(value.dtype))
             for (name, value), total in zip(self.values.items(), totals, strict=True)
         }
+        bad = [name for name, value in found.items() if not value.isfinite().all()]
+        if bad:
+            raise Error(
+                f"derivatives by {listed(bad)} are not finite: is the loss finite for every batch? A model in float16 "
+                "may leave its range; use bfloat16 or float32"
+            )
         return {name: found[first] for name, first in self.names.items()}
 
 

@@ -42,6 +42,8 @@ class Recorder:
     - ``"sign flips"``: the share of entries that are above zero now and were not when last written down, or the other
       way round (at first: when the recorder was made).
 
+    A figure that is not finite is None as well.
+
     Args:
         model: its parameters are read and left alone.
         every: how many steps lie between two records.

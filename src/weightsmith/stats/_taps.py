@@ -298,7 +298,10 @@ class Store:
             os.truncate(handle, nbytes)
             made = torch.from_file(path, shared=True, size=nbytes // dtype.itemsize, dtype=dtype)
         except OSError as error:
-            raise Error(f"{path}: no room for sums of {nbytes:,} bytes: {error.strerror or error}") from None
+            raise Error(
+                f"{path}: no room for sums of {nbytes:,} bytes: {error.strerror or error}; choose another folder with "
+                "store=, fewer layers with pattern=, or sums=torch.float32"
+            ) from None
         finally:
             os.close(handle)
             with suppress(PermissionError):  # where files in use cannot be removed, they stay

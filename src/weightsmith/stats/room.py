@@ -169,7 +169,7 @@ def _as_weights(counter: Counter, kind: str, examples: int) -> Weights:
 def restored(model: nn.Module) -> Iterator[None]:
     """Evaluation mode inside; modes and buffers as they were outside."""
     modes = {module: module.training for module in model.modules()}
-    tables = [(module._buffers, dict(module._buffers)) for module in model.modules()]  # some models replace them
+    tables = [(module._buffers, dict(module._buffers.items())) for module in model.modules()]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     model.eval()
     try:
@@ -178,8 +178,9 @@ def restored(model: nn.Module) -> Iterator[None]:
         for module, mode in modes.items():
             module.training = mode
         for table, held in tables:
-            table.clear()
-            table.update(held)
+            if {name: id(buffer) for name, buffer in table.items()} != {name: id(held[name]) for name in held}:
+                table.clear()  # the model put others in their places
+                table.update(held)
         with torch.no_grad():
             for buffer, before in buffers:
                 buffer.copy_(before)

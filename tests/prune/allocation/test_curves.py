@@ -128,6 +128,15 @@ def test_forms_of_gram_matrices():
     assert output_energy(weight.bfloat16(), gram) == pytest.approx(output_energy(weight.bfloat16().float(), gram))
 
 
+def test_tensors_of_no_elements_do_no_harm():
+    assert output_energy(torch.zeros(0, 3), torch.eye(3)) == 0
+    assert output_energy(torch.zeros(0, 4), torch.zeros(2, 2, 2)) == 0
+    weights = {"a": torch.zeros(0, 2), "b": torch.tensor([[1.0, 3.0]])}
+    found = gram_curves(weights, (0.5,), stats={"a": torch.eye(2), "b": torch.eye(2)})
+    assert found.harms["a"].tolist() == [0.0, 0.0]
+    assert found.harms["b"].tolist() == pytest.approx([0.0, 0.1])
+
+
 def test_between_levels_and_as_a_report():
     curves = Curves((0.0, 0.5, 1.0), {"a": torch.tensor([0.0, 1.0, 4.0]), "b": torch.tensor([0.0, 2.0, 3.0])}, {"a": 4})
     assert curves.at({"a": 0.75, "b": 0.25}) == 2.5 + 1.0

@@ -74,6 +74,37 @@ def test_what_a_level_removes_too_much_is_given_back_where_it_spares_most():
     assert distortion(odd, 0.3) == pytest.approx({"a": 0.3})
 
 
+def test_harms_that_fall_and_nothing_to_remove():
+    for seed in range(40):  # what is given back are shares that are no round numbers
+        chance = random.Random(seed)
+        levels = (0.0, *sorted(chance.random() for _ in range(3)))
+        harms = {name: torch.tensor([0.0] + [-chance.random() for _ in levels[1:]]).double() for name in "abc"}
+        found = Curves(levels, harms, {name: chance.randint(1, 1000) for name in "abc"})
+        for method in (distortion, lagrangian):
+            assert method(found, 0.0) == pytest.approx(dict.fromkeys("abc", 0.0))
+            assert removed(found, method(found, levels[1] / 2)) == pytest.approx(levels[1] / 2)
+
+
+def test_sizes_that_share_no_divisor():
+    for seed in range(5):
+        chance = random.Random(seed)
+        base = curves(seed)
+        found = Curves(base.levels, base.harms, {"a": 10007, "b": 997 * chance.randint(1, 9), "c": chance.randint(1, 5)})
+        for sparsity in (0.123, 0.5, 0.987):
+            shares = distortion(found, sparsity)
+            assert removed(found, shares) == pytest.approx(sparsity, abs=1e-12)
+            assert found.at(shares) <= best(found, sparsity) + 1e-9
+
+
+def test_one_tensor_and_one_of_no_elements():
+    alone = Curves((0.0, 0.5, 1.0), {"a": torch.tensor([0.0, 1.0, 3.0])}, {"a": 10})
+    empty = Curves(alone.levels, alone.harms | {"e": torch.zeros(3)}, {"a": 10, "e": 0})
+    for method in (distortion, lagrangian):
+        assert method(alone, 0.7) == pytest.approx({"a": 0.7})
+        assert method(empty, 0.7)["a"] == pytest.approx(0.7)
+        assert method(Curves(alone.levels, alone.harms, {"a": 0}), 0.7).keys() == {"a"}
+
+
 def test_costs_by_tensor():
     found = curves(3)
     prices = {"a": 5.0, "b": 1.0, "c": 0.5}
@@ -94,6 +125,10 @@ def test_refusals():
             method(found, 0.5, cost=0.0)
         with pytest.raises(Error, match="one sparsity between 0 and 1"):
             method(found, -1)
+        with pytest.raises(Error, match=f"{method.__name__}: the harms of b are not all finite"):
+            method(Curves((0.0, 0.5), {"a": torch.zeros(2), "b": torch.tensor([0.0, float("nan")])}, {"a": 4, "b": 4}))
+        with pytest.raises(Error, match=r"the harms of a are \[3\]; there are 2 levels"):
+            method(Curves((0.0, 0.5), {"a": torch.zeros(3)}, {"a": 4}))
 
 
 def test_harms_of_single_layers_add_up_and_the_best_allocation_does_less():

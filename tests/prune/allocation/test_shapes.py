@@ -65,6 +65,8 @@ def test_empty_tensors_and_refusals():
     assert erk(weights, 0.5)["b"] == 0.5
     assert uniform(weights, 0.5)["b"] == 0.5
     for method in (erk, uniform):
+        assert method({"a": weights["a"]}, 0.5) == {"a": 0.0}
+    for method in (erk, uniform):
         with pytest.raises(Error, match="shares one sparsity between 0 and 1"):
             method(WEIGHTS, 1.5)
         with pytest.raises(Error, match="no matrix to prune"):

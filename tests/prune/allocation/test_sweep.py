@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -50,5 +52,13 @@ def test_a_sweep():
     by_tensor = sweep(weights, quality, (0.5,), method=lambda w, s: ws.prune.magnitude(w, s, scope="row"))
     assert by_tensor["quality"] == pytest.approx([0.0, -61.05])
     assert "knee" not in by_tensor.figures
+    # Shares that come to the same count once, and what has no quality left is no end of the curve.
+    twice = sweep(weights, lambda w: quality(w) / bool(w["a.weight"].any()) if bool(w["a.weight"].any()) else -math.inf,
+                  (0.0, 0.25, 0.5, 0.5, 0.75, 1.0))  # fmt: skip
+    assert len(twice["quality"]) == 7
+    assert twice["knee"] == 0.5
+    assert twice["loss after"] == pytest.approx(61 / 0.25)
+    half = ws.prune.magnitude(weights, 0.5)
+    assert sweep(half, quality, (0.25, 0.75, 1.0))["knee"] == 0.75  # a quarter removes nothing more
     with pytest.raises(Error, match="at least 1 sparsity"):
         sweep(weights, quality, ())

@@ -12,7 +12,7 @@ from torch import Tensor
 import weightsmith as ws
 from weightsmith.errors import Error, FormatError
 from weightsmith.prune.formats import pack, sizes, unpack
-from weightsmith.prune.formats._bits import as_integers
+from weightsmith.prune.formats._bits import Bits, as_integers
 from weightsmith.weights import Weights
 
 FORMATS = ("bitmask", "sparse-bitmask", "sparse-24-bitmask")
@@ -72,16 +72,17 @@ def test_strides_do_not_matter():
 
 
 def test_values_as_bits():
-    odd = torch.tensor([0.0, -0.0, torch.nan, torch.inf, 1e-45, 3.0])
-    odd.view(torch.int32)[2] = 0x7FA00001  # a NaN with something to say
-    for dtype in (torch.float32, torch.bfloat16):
-        values = (
-            odd
-            if dtype == torch.float32
-            else as_integers(torch.zeros(6, dtype=dtype))
-            .copy_(torch.tensor([0, -0x8000, 0x7F81, 0x7F80, 1, 0x4040]))
-            .view(dtype)
-        )
+    bits = {
+        torch.float64: [0, -(2**63), 0x7FF4000000000001, 0x7FF0000000000000, 1, 0x4008000000000000],
+        torch.float32: [0, -(2**31), 0x7FA00001, 0x7F800000, 1, 0x40400000],
+        torch.bfloat16: [0, -0x8000, 0x7F81, 0x7F80, 1, 0x4040],
+        torch.float16: [0, -0x8000, 0x7C01, 0x7C00, 1, 0x4200],
+        torch.float8_e5m2: [0, -0x80, 0x7D, 0x7C, 1, 0x42],
+        torch.float8_e4m3fn: [0, -0x80, 0x7F, 0x7E, 1, 0x44],  # no infinity
+    }  # zero, minus zero, a NaN with something to say, infinity, the smallest, 3
+    for dtype, numbers in bits.items():
+        integers = as_integers(torch.zeros(6, dtype=dtype))
+        values = integers.copy_(torch.tensor(numbers)).view(dtype)
         exact = pack({"w": values}, pattern="w", exact=True)
         assert exact.spec("w_compressed").numel == 5
         same(unpack(exact), Weights.of({"w": values}))
@@ -98,6 +99,16 @@ def test_what_rounds_to_zero_is_left_out():
     packed = pack(tiny, pattern="w")
     assert packed.spec("w_compressed").numel == int((tiny["w"] != 0).sum()) == 1
     same(unpack(packed), Weights.of({"w": tiny["w"]}))
+
+
+@pytest.mark.parametrize("format", FORMATS[1:])
+def test_values_as_bits_in_the_other_layouts(format, tmp_path):
+    values = torch.tensor([[0.0, torch.nan, -0.0, -torch.inf], [-1e-45, 0.0, 0.0, 5.0]])
+    values.view(torch.int32)[0, 1] = 0x7FA00001
+    pack({"a.weight": values}, format, pattern="*").save(tmp_path / "p.safetensors")
+    found, expected = unpack(tmp_path / "p.safetensors")["a.weight"], values.clone()
+    expected[0, 2] = 0.0
+    assert torch.equal(as_integers(found), as_integers(expected))
 
 
 def test_a_pruned_checkpoint_in_one_line(tmp_path):
@@ -179,10 +190,13 @@ def test_configs(format, tmp_path: Path):
     weights = Weights.of({"a.weight": two_of_four(8, 8), "b.weight": sparse(8, 8, share=0.0)})
     weights = weights.with_files({"config.json": json.dumps(config).encode(), "tokenizer.json": b"{}"})
     pack(weights, format).save(tmp_path / "m")
-    if format == "bitmask":
-        assert not (tmp_path / "m" / "config.json").exists()  # nobody takes it for a plain model
-    else:
-        said = json.loads((tmp_path / "m" / "config.json").read_text())["quantization_config"]
+    assert not (tmp_path / "m" / "config.json").exists()  # nobody takes it for a plain model
+    theirs = tmp_path / "m" / "config.compressed-tensors.json"
+    assert theirs.exists() is (format != "bitmask")
+    if format != "bitmask":
+        said = json.loads(theirs.read_text())
+        assert said["model_type"] == "llama"
+        said = said["quantization_config"]
         assert said["quant_method"] == "compressed-tensors"
         assert said["sparsity_config"] == {
             "format": format,
@@ -191,17 +205,78 @@ def test_configs(format, tmp_path: Path):
             "global_sparsity": 0.5,
             "sparsity_structure": "2:4" if format == "sparse-24-bitmask" else "unstructured",
         }
-    back = unpack(tmp_path / "m")
-    assert json.loads(ws.weights._files.content_of(back.files["config.json"])) == config
-    assert set(back.files) == {"config.json", "tokenizer.json"}
-    same(back, weights)
+    for renamed in (False, True):
+        if renamed and theirs.exists():
+            theirs.rename(tmp_path / "m" / "config.json")
+        back = unpack(tmp_path / "m")
+        assert content(back.files["config.json"]) == json.dumps(config).encode()
+        assert set(back.files) == {"config.json", "tokenizer.json"}
+        same(back, weights)
 
 
-def test_a_config_that_says_more_keeps_it():
-    config = {"quantization_config": {"quant_method": "compressed-tensors", "config_groups": {}}}
+def content(file) -> bytes:
+    return bytes(ws.weights._files.content_of(file))
+
+
+@pytest.mark.parametrize("more", [{}, {"config_groups": {}}])
+def test_a_folder_that_others_made_keeps_what_else_its_config_says(more):
+    """They have one config.json, which speaks of packing and perhaps of more."""
+    packed = pack({"a.weight": sparse(8, 8)}, "sparse-bitmask", pattern="*")
+    said = {"quant_method": "compressed-tensors", "sparsity_config": {"format": "sparse-bitmask"}}
+    config = {"model_type": "llama", "quantization_config": said | more}
+    back = unpack(packed.with_files({"config.json": json.dumps(config).encode()}))
+    expected = {"quant_method": "compressed-tensors"} | more
+    assert json.loads(content(back.files["config.json"])) == {"model_type": "llama"} | (
+        {"quantization_config": expected} if more else {}
+    )
+
+
+def test_what_was_quantized_says_so_beside_what_was_packed():
+    config = {"quantization_config": {"quant_method": "compressed-tensors", "config_groups": {"g": 1}}}
     weights = Weights.of({"a.weight": sparse(8, 8)}).with_files({"config.json": json.dumps(config).encode()})
-    back = unpack(pack(weights, "sparse-bitmask", pattern="*"))
-    assert json.loads(ws.weights._files.content_of(back.files["config.json"])) == config
+    packed = pack(weights, "sparse-bitmask", pattern="*")
+    said = json.loads(content(packed.files["config.compressed-tensors.json"]))["quantization_config"]
+    assert said["config_groups"] == {"g": 1}
+    assert said["sparsity_config"]["targets"] == ["a"]
+    assert json.loads(content(unpack(packed).files["config.json"])) == config
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_shards_and_a_save_that_was_interrupted(format, tmp_path, monkeypatch):
+    weights = Weights.of({f"l{i}.weight": two_of_four(16, 16, dtype=torch.bfloat16) for i in range(5)})
+    pack(weights, format).save(tmp_path / "shards", max_shard_size=500)
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    same(unpack(tmp_path / "shards"), weights)
+    weights.save(tmp_path / "plain.safetensors")
+    source = ws.open(tmp_path / "plain.safetensors")
+
+    def stop(*given):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Bits, "read", stop)
+        with pytest.raises(KeyboardInterrupt):
+            pack(source, format).save(tmp_path / "again", threads=1)
+    pack(source, format).save(tmp_path / "again", resume=True)
+    same(unpack(tmp_path / "again"), weights)
+
+
+def test_packed_twice_is_unpacked_twice():
+    weights = Weights.of({"w": sparse(40, 40, share=0.9)})
+    once = pack(weights, pattern="w")
+    twice = pack(once, pattern="w_compressed")
+    same(unpack(twice), once)
+    same(unpack(unpack(twice)), weights)
+
+
+def test_values_that_two_tensors_share_make_no_tie():
+    """Equal values at other places, or of another shape, are other tensors."""
+    values, byte = torch.ones(2), torch.tensor([3], dtype=torch.uint8)
+    parts = {"a_compressed": values, "a_bitmask": byte, "a_shape": torch.tensor([2, 1])}
+    others = {"b_compressed": values, "b_bitmask": torch.tensor([5], dtype=torch.uint8), "b_shape": torch.tensor([3])}
+    third = {"c_compressed": values, "c_bitmask": byte, "c_shape": torch.tensor([1, 2])}
+    found = unpack(parts | others | third)
+    assert [found[name].tolist() for name in found] == [[[1.0], [1.0]], [1.0, 0.0, 1.0], [[1.0, 1.0]]]
 
 
 @pytest.mark.parametrize(
@@ -211,7 +286,8 @@ def test_a_config_that_says_more_keeps_it():
         ({"w": torch.ones(2, 2)}, {"format": "sparse-bitmask", "pattern": "w"}, "end in"),
         ({"a.weight": torch.ones(2, 6)}, {"format": "sparse-24-bitmask", "pattern": "*"}, "multiple of 4"),
         ({"a.weight": torch.ones(2, 4)}, {"format": "sparse-24-bitmask", "pattern": "*"}, "2 groups of four"),
-        ({"w": torch.ones(2, 2)}, {"pattern": "none"}, "no tensor to pack"),
+        ({"w": torch.ones(2, 2)}, {"pattern": "none"}, "no tensor to pack fits"),
+        ({"b": torch.ones(2)}, {}, "none of b is usually pruned"),
         ({"i": torch.ones(2, 2, dtype=torch.long)}, {"pattern": "i"}, "no tensor to pack"),
         ({"w": torch.zeros(9, 9), "w_bitmask": torch.zeros(1)}, {"pattern": "w"}, "w_bitmask already"),
         ({"a.weight": torch.tensor(1.0)}, {"format": "sparse-bitmask", "pattern": "*"}, "single number"),
@@ -239,11 +315,48 @@ def damaged(**parts: Tensor) -> dict[str, Tensor]:
         ({"bitmask": torch.zeros(4)}, "not those of a tensor"),
         ({"compressed": torch.ones(3)}, "there are 3"),
         ({"compressed": torch.ones(3, dtype=torch.long)}, "not those of a tensor"),
+        ({"compressed": torch.ones(26)}, "not those of a tensor"),
+        ({"compressed": torch.ones(3, dtype=torch.complex64)}, "not those of a tensor"),
+        ({"compressed": torch.ones(3).to(torch.float8_e8m0fnu)}, "not those of a tensor"),  # it has no zero
+        ({"shape": torch.tensor([2**62, 2**62])}, "not those of a tensor"),
+        ({"shape": torch.tensor([])}, "not the sizes"),
+        ({"shape": torch.ones(9, dtype=torch.long)}, "not the sizes"),
     ],
 )
 def test_damaged_files(parts, said):
     with pytest.raises(FormatError, match=said):
         unpack(damaged(**parts))
+
+
+@pytest.mark.parametrize("format", FORMATS[:2])
+@pytest.mark.parametrize("part", ["compressed", "bitmask", "shape"])
+def test_a_missing_part_is_named(format, part):
+    packed = pack({"a.weight": sparse(5, 5), "b.weight": sparse(5, 5)}, format, pattern="*")
+    (gone,) = [name for name in packed if name.startswith("a") and name.endswith(part)]
+    with pytest.raises(FormatError, match=f"a.weight is packed, but {gone} is missing"):
+        unpack(packed.drop(gone))
+
+
+def test_a_name_that_is_packed_twice():
+    weights = {"a.weight": sparse(5, 5)}
+    both = pack(weights, pattern="*").to_dict() | pack(weights, "sparse-bitmask", pattern="*").to_dict()
+    with pytest.raises(FormatError, match=r"packed twice: as a.weight_compressed, a.compressed"):
+        unpack(both)
+
+
+def test_a_file_that_changes_between_two_readings(tmp_path):
+    """Whatever the bytes of the parts are: an error that says so, or a tensor of the shape that is told."""
+    path = tmp_path / "p.safetensors"
+    pack({"w": sparse(50, 50)}, pattern="w").save(path)
+    found = unpack(path)
+    raw = bytearray(path.read_bytes())
+    begin = len(raw) - ws.open(path).nbytes
+    raw[begin:] = bytes(255 for _ in raw[begin:])
+    path.write_bytes(raw)
+    with pytest.raises(Error):
+        found.to_dict()
+    with pytest.raises(FormatError):
+        unpack(path)
 
 
 def test_what_is_not_packed():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.nn import functional
 import weightsmith as ws
 from weightsmith.errors import Error
 from weightsmith.prune.repair import heal, heal_weights
-from weightsmith.prune.repair._heal import divergence
+from weightsmith.prune.repair._heal import _objective, divergence
 
 
 class Block(nn.Module):
@@ -229,3 +230,168 @@ def test_what_is_refused(change: dict[str, Any], says: str):
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     with pytest.raises(Error, match="holds zeros"):
         heal(copy.deepcopy(teacher), teacher, data())
+
+
+def test_blocks_without_tensors_stand_between_those_that_have_some():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        teacher = nn.Sequential(nn.Dropout(), nn.Linear(6, 12), nn.Tanh(), nn.Dropout(), nn.Linear(12, 6), nn.Tanh())
+    model = copy.deepcopy(teacher)
+    masks = {"4.weight": torch.rand(6, 12, generator=torch.Generator().manual_seed(0)) < 0.5}
+    heal(model, teacher, data(), steps=300, stages=("blocks",), masks=masks, rates={"blocks": 1e-2})
+    # The first block was whole; the second has a least squares problem with what tanh gives.
+    torch.testing.assert_close(model[1].weight, teacher[1].weight, rtol=0, atol=2e-2)
+    with torch.no_grad():
+        hidden = torch.cat([teacher[1](x).tanh() for x in data()])
+        wanted = teacher[4](hidden)
+        given = torch.cat([hidden, torch.ones(len(hidden), 1)], dim=1)
+        least = 0.0
+        for row, keep in enumerate(masks["4.weight"]):
+            columns = given[:, torch.cat([keep, torch.ones(1).bool()])]
+            target = wanted[:, row : row + 1]
+            least += (columns @ torch.linalg.lstsq(columns, target).solution - target).square().sum().item()
+        assert (model[4](hidden) - wanted).square().sum() < 1.1 * least
+
+
+def test_biases_of_weights_with_changes_of_low_rank_are_trained_too():
+    model, teacher = pair()
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    heal(model, teacher, data(), steps=2, stages=("lora",))
+    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, start[name])}
+    assert {name for name in start if name.endswith("bias")} <= moved
+
+
+def test_zeros_that_the_teacher_has_too_stay_and_learn_no_changes_of_low_rank():
+    model, teacher = pair()
+    for one in (model, teacher):
+        one.stem.weight.data[0, :3] = 0
+    start = model.stem.weight.detach().clone()
+    heal(model, teacher, data(), steps=2, stages=("lora",))
+    assert torch.equal(model.stem.weight, start)
+    heal(model, teacher, data(), steps=2, stages=("all",))
+    assert not model.stem.weight[0, :3].any()
+    assert model.stem.weight[1].ne(start[1]).all()
+
+
+def test_frozen_parameters_stand_still():
+    model, teacher = pair()
+    model.blocks[0].requires_grad_(False)
+    model.blocks[1].up.bias.requires_grad_(False)
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    heal(model, teacher, data(), steps=2, stages=("blocks", "all"))
+    still = {name for name, value in model.state_dict().items() if torch.equal(value, start[name])}
+    assert still == {name for name in start if name.startswith("blocks.0.")} | {"blocks.1.up.bias"}
+
+
+def test_the_truth_counts_a_prediction_as_the_teacher_does():
+    model, teacher = pair()
+    texts = [{"input_ids": torch.tensor([[1, 2, 3, 0], [2, 2, 1, 3]])}]
+    table = torch.eye(6)[:4]
+
+    def forward(net: Any, batch: Any) -> Tensor:
+        return net(table[batch["input_ids"]])
+
+    def loss(net: Any, batch: Any) -> Tensor:  # summed over the 6 predictions
+        logits, labels = forward(net, batch)[:, :-1], batch["input_ids"][:, 1:]
+        return functional.cross_entropy(logits.reshape(-1, 4), labels.reshape(-1), reduction="sum")
+
+    model.eval()
+    kl = divergence(forward(model, texts[0]), forward(teacher.eval(), texts[0]), texts[0])
+    found = _objective(teacher, texts, 2.0, forward, loss)(model, 0)
+    torch.testing.assert_close(found, kl + 2 * loss(model, texts[0]) / 6)
+
+
+def cut_pair() -> tuple[nn.Module, Net]:
+    """Two thirds of the neurons of each block."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        teacher = Net().eval()
+    graph = ws.graph.trace(teacher, torch.zeros(2, 6))
+    spaces = [name for name, space in graph.spaces.items() if space.size == 24]
+    assert len(spaces) == 2
+    model = copy.deepcopy(teacher)
+    ws.graph.take_(model, graph, {name: torch.arange(16) for name in spaces})
+    return model, teacher
+
+
+@pytest.mark.parametrize("stages", [("blocks",), ("small",), ("lora",), ("all",)])
+def test_a_model_that_was_cut(stages: tuple[Any, ...], recwarn: pytest.WarningsRecorder):
+    model, teacher = cut_pair()
+    before, start = apart(model, teacher), {name: value.clone() for name, value in model.state_dict().items()}
+    rates = {"blocks": 3e-3, "small": 1e-2, "lora": 1e-2, "all": 3e-3}
+    heal(model, teacher, data(), steps=40, stages=stages, rates=rates)  # type: ignore[arg-type]
+    assert apart(model, teacher) < 0.7 * before
+    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, start[name])}
+    vectors = {name for name, value in start.items() if value.dim() == 1}
+    inner = {name for name in start if name.startswith("blocks.")}
+    expected = {"blocks": inner, "small": vectors, "lora": set(start), "all": set(start)}
+    assert moved == expected[stages[0]]
+    assert {name: value.shape for name, value in model.state_dict().items()} == {n: v.shape for n, v in start.items()}
+    assert not any("leaves the stage" in str(one.message) for one in recwarn)
+
+
+def test_a_cut_model_whose_blocks_do_not_pair():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        teacher = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 4))
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
+    model.load_state_dict({name: value[tuple(slice(n) for n in model.state_dict()[name].shape)]
+                           for name, value in teacher.state_dict().items()})  # fmt: skip
+    before = apart(model, teacher)
+    with pytest.raises(Error, match=r"cannot be healed one by one: .*another width"):
+        heal(model, teacher, data(), stages=("blocks",))
+    with pytest.warns(UserWarning, match="'blocks' out: after a block they give another width"):
+        heal(model, teacher, data(), steps=40, stages=("blocks", "all"), rates={"all": 1e-2})
+    assert apart(model, teacher) < 0.5 * before
+    shallow = copy.deepcopy(cut_pair()[1])
+    ws.graph.keep_layers_(shallow, [0], path="blocks")
+    with pytest.warns(UserWarning, match="the model has 1 and the teacher 2"):
+        heal(shallow, cut_pair()[1], data(), steps=1)
+    with pytest.raises(Error, match=r"which the teacher lacks\. Are the two swapped"):
+        heal(cut_pair()[1], shallow, data(), steps=1)
+    with pytest.raises(Error, match="Are the two swapped"):
+        heal(teacher, model, data(), steps=1)
+    other = copy.deepcopy(model)
+    other[2] = nn.Linear(8, 3)
+    with pytest.raises(Error, match=r"logits \[32, 3\], and its teacher \[32, 4\]"):
+        heal(other, teacher, data(), steps=1, stages=("all",))
+
+
+def test_a_cut_language_model_from_its_folder(tmp_path: Path):
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=True, max_position_embeddings=32, initializer_range=0.3,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        dense = transformers.LlamaForCausalLM(config).eval()
+    graph = ws.graph.of(ws.open(dense).with_files({"config.json": config.to_json_string().encode()}))
+    weights = ws.open(dense).with_files({"config.json": config.to_json_string().encode()})
+    small = ws.prune.structured.cut(weights, graph, 0.7)
+    own = transformers.LlamaConfig.from_dict(json.loads(content(small.files["config.json"])))
+    assert own.num_key_value_heads < 2 or own.intermediate_size < 24
+    student = transformers.LlamaForCausalLM(own).eval()
+    small.load_into(student)
+    generator = torch.Generator().manual_seed(1)
+    batches = [{"input_ids": torch.randint(32, (8, 12), generator=generator)} for _ in range(6)]
+    (unseen,) = [{"input_ids": torch.randint(32, (8, 12), generator=generator)}]
+
+    def off(model: nn.Module) -> float:
+        return divergence(model(**unseen).logits, dense(**unseen).logits, unseen).item()
+
+    before = off(student)
+    found = heal_weights(small, dense, batches, model=student, steps=40, stages=("blocks", "all"),
+                         rates={"blocks": 1e-2, "all": 1e-2})  # fmt: skip
+    assert off(student) == before
+    found.load_into(student)
+    assert off(student) < 0.8 * before
+    assert {name: found.spec(name) for name in found} == {name: small.spec(name) for name in small}
+    assert found.ties == small.ties
+    assert "num_key_value_heads" in content(found.files["config.json"])
+
+
+def content(file: Any) -> str:
+    from weightsmith.weights._files import content_of
+
+    return content_of(file).decode()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import weightsmith as ws
 from weightsmith.prune.sparse import Controller, Rule, control
-from weightsmith.prune.sparse._controller import momentum_of
+from weightsmith.prune.sparse._controller import _clear, momentum_of
 
 sparse = ws.prune.sparse
 
@@ -396,7 +396,7 @@ def test_lbfgs_goes_with_a_fixed_mask_alone():
     model = net()
     optimizer = torch.optim.LBFGS(model.parameters(), line_search_fn="strong_wolfe")
     with pytest.raises(ws.Error, match="closure"):
-        control(model, optimizer, sparse.rigl(0.8, stop=10))
+        control(model, optimizer, sparse.rigl(0.8, every=2, stop=10))
     masks = control(model, optimizer, sparse.static(0.5))
     inputs, labels = batch(0)
 
@@ -564,7 +564,7 @@ def test_refusals_come_before_anything_is_changed():
     model = net()
     before = copy.deepcopy(model.state_dict())
     sgd = torch.optim.SGD(model.parameters(), lr=0.1)
-    rigl, half = sparse.rigl(0.5, stop=9), {"0.weight": torch.ones(12, 6, dtype=torch.bool)}
+    rigl, half = sparse.rigl(0.5, every=2, stop=9), {"0.weight": torch.ones(12, 6, dtype=torch.bool)}
     cases: list[tuple[str, Callable[[], object]]] = [
         ("momentum", lambda: control(model, sgd, sparse.sparse_momentum(0.5, every=1, stop=9))),
         ("trains none", lambda: control(model, torch.optim.SGD(net().parameters(), lr=0.1), rigl)),
@@ -577,7 +577,10 @@ def test_refusals_come_before_anything_is_changed():
         ("do not fit", lambda: control(model, sgd, rigl, masks=half, pattern="*.weight")),
         ("agree", lambda: control(model, sgd, rigl, masks=half)),
         ("boolean", lambda: control(model, sgd, rigl, masks={"0.weight": torch.ones(12, 6)})),
-        ("masks=", lambda: control(model, sgd, sparse.rigl(stop=9))),
+        ("densities are one less", lambda: control(model, sgd, sparse.static(0.8), densities={"0.weight": 0.8})),
+        ("masks=", lambda: control(model, sgd, sparse.rigl(every=2, stop=9))),
+        ("rigl\\(0.9", lambda: control(model, sgd, "rigl")),  # type: ignore[arg-type]
+        ("takes a module", lambda: control(model.parameters(), sgd, rigl)),  # type: ignore[arg-type]
         ("state of 'static'", lambda: control(model, sgd, rigl, state={"rule": "static", "step": 0, "seed": 0})),
     ]
     for words, call in cases:
@@ -587,11 +590,124 @@ def test_refusals_come_before_anything_is_changed():
     assert not sgd._optimizer_step_post_hooks
 
 
-def test_names_are_those_of_the_module_inside_wrappers():
+def test_compiled_modules_are_trained_like_others_under_their_own_names():
+    found = []
+    for compiled in (False, True):
+        model = net()
+        called: Any = torch.compile(model, backend="eager") if compiled else model
+        optimizer = torch.optim.AdamW(called.parameters(), lr=0.01)
+        masks = control(called, optimizer, RULES["rigl"])
+        run(called, optimizer, range(5))
+        assert outside(model, masks) == 0
+        found.append(masks.masks.to_dict())
+    assert list(found[1]) == ["0.weight", "2.weight", "4.weight"]
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def test_frozen_parameters_are_let_alone():
     model = net()
-    compiled = torch.compile(model, backend="eager")
-    masks = control(compiled, torch.optim.SGD(compiled.parameters(), lr=0.1), sparse.static(0.5))  # type: ignore
-    assert list(masks.masks) == ["0.weight", "2.weight", "4.weight"]
+    model[0].requires_grad_(False)
+    before = model[0].weight.clone()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    masks = control(model, optimizer, sparse.rigl(0.5, every=2, stop=8))
+    run(model, optimizer, range(3))
+    assert list(masks.masks) == ["2.weight", "4.weight"]
+    assert torch.equal(model[0].weight, before)
+    with pytest.raises(ws.Error, match="frozen"):
+        control(model, torch.optim.SGD(model.parameters(), lr=0.1), sparse.static(0.5), pattern="[02].weight")
+
+
+def test_one_tensor_has_one_controller():
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    masks = control(model, optimizer, sparse.static(0.5), pattern="0.weight")
+    other = control(model, optimizer, sparse.rigl(0.9, every=2, stop=8), pattern="2.weight")
+    before = model[4].weight.clone()
+    with pytest.raises(ws.Error, match=r"2\.weight already"):
+        control(model, optimizer, sparse.static(0.5), pattern="[24].weight")
+    assert torch.equal(model[4].weight, before)
+    run(model, optimizer, range(3))
+    assert outside(model, masks) == outside(model, other) == 0
+    other.close()
+    assert control(model, optimizer, sparse.static(0.5), pattern="[24].weight").step == 0
+
+
+def test_a_copy_goes_its_own_way():
+    model = net()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
+    masks = control(model, optimizer, RULES["rigl"])
+    run(model, optimizer, range(4))
+    again, other, copied = copy.deepcopy((model, optimizer, masks))
+    run(again, other, range(4, 8))
+    assert (masks.step, copied.step) == (4, 8)
+    assert outside(again, copied) == 0
+    run(model, optimizer, range(4, 8))
+    assert all(torch.equal(one, two) for one, two in zip(model.parameters(), again.parameters(), strict=True))
+    copied.close()
+    assert not copy.deepcopy(copied)._hooks
+    run(model, optimizer, range(8, 9))
+    assert (masks.step, copied.step) == (9, 8)
+
+
+def test_masks_follow_a_model_that_is_moved():
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    masks = control(model, optimizer, sparse.static(0.5))
+    torch.__future__.set_swap_module_params_on_conversion(True)  # so does "cuda" by itself: parameters stay the same
+    try:
+        model.to("meta")
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    model(torch.zeros(2, 6, device="meta")).sum().backward()
+    optimizer.step()
+    assert masks.masks["0.weight"].device.type == "meta"
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    masks = control(model, optimizer, RULES["rigl"])
+    model.double()
+    for step in range(4):
+        model(batch(step)[0].double()).square().sum().backward()
+        optimizer.step()
+    assert masks.info.step == 3
+    assert outside(model, masks) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_zeros_are_exact_whatever_was_there(dtype: torch.dtype):
+    values = torch.tensor([[1.5, -2.0, -0.0], [torch.nan, torch.inf, -torch.inf]], dtype=dtype)
+    for own in (values.clone(), values.t().contiguous().t(), values.repeat(1, 2)[:, ::2]):
+        before, out = own.clone(), torch.tensor([[False, True, False], [True, False, True]])
+        _clear(own, out)
+        assert torch.equal(own[~out], before[~out])
+        assert not own[out].any()
+        assert not own[out].signbit().any()
+
+
+def test_a_step_without_any_gradient():
+    model = net()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    masks = control(model, optimizer, sparse.sparse_momentum(0.8, every=1, stop=8))
+    before = masks.masks.to_dict()
+    optimizer.step()
+    assert all(torch.equal(masks.masks[name], before[name]) for name in before)
+    run(model, optimizer, range(2))
+    assert not all(torch.equal(masks.masks[name], before[name]) for name in before)
+    assert outside(model, masks) == 0
+
+
+def test_what_cannot_be_masked_is_said():
+    model = nn.Sequential(nn.Embedding(5, 4, sparse=True), nn.Linear(4, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    control(model, optimizer, sparse.static(0.5), pattern="*.weight")
+    model(torch.arange(3)).sum().backward()
+    with pytest.raises(ws.Error, match=r"0\.weight is sparse"):
+        optimizer.step()
+    normed = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), nn.Linear(4, 4))
+    optimizer = torch.optim.SGD(normed.parameters(), lr=0.1)
+    with pytest.raises(ws.Error, match="parametrization"):
+        control(normed, optimizer, sparse.static(0.5))
+    control(normed, optimizer, sparse.static(0.5), pattern="*original1")
+    assert float((normed[0].weight == 0).float().mean()) == 0.5
 
 
 def test_an_optimizer_in_a_wrapper_is_found():

@@ -162,6 +162,8 @@ def test_refilled_reaches_a_tied_weight_by_either_name():
         made = refilled(model, {name: mask}).to_dict()
         for other in made:
             assert torch.equal(made[other], model[0].weight * mask)
+    with pytest.raises(Error, match="two masks"):
+        refilled(model, {"0.weight": mask, "1.weight": ~mask}, fill="mean")
 
 
 def test_refilled_takes_masks_of_any_pruning_and_leaves_the_rest():
@@ -180,5 +182,7 @@ def test_refilled_takes_masks_of_any_pruning_and_leaves_the_rest():
         refilled(model, masks, fill="median")
     with pytest.raises(Error, match="fits no tensor"):
         refilled(model, {"9.weight": torch.ones(2, 2) > 0})
+    with pytest.raises(Error, match="one axis"):
+        refilled(model, {"3.bias": torch.ones(4) > 0}, fill="mean")
     with pytest.raises(Error, match="boolean"):
         refilled(model, {"3.weight": torch.ones(4, 3)})

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import weightsmith as ws
 from weightsmith import Error
 from weightsmith.adapt import fold
 from weightsmith.prune.sparse import (
@@ -90,6 +91,17 @@ def test_the_state_dict_holds_all_of_it(kind):
     MASKS[kind](other)
     assert not torch.equal(other(X), model(X))
     other.load_state_dict(model.state_dict())
+    assert torch.equal(other(X), model(X))
+
+
+@pytest.mark.parametrize("kind", MASKS)
+def test_the_state_dict_goes_through_a_file_of_tensors(kind, tmp_path):
+    model, other = network(), network()
+    for one in (model, other):
+        MASKS[kind](one)
+    trained(model)
+    ws.open(model.state_dict()).save(tmp_path / "state.safetensors")
+    other.load_state_dict(ws.open(tmp_path / "state.safetensors").to_dict())
     assert torch.equal(other(X), model(X))
 
 

@@ -74,6 +74,8 @@ def test_regrowth_goes_where_gradients_say():
     assert int(seen[0].count_nonzero()) == 16
     with pytest.raises(ws.Error, match="gradients="):
         plasticity(layer, train, evaluate, 0.5, regrow=0.1)
+    with pytest.raises(ws.Error, match="hold"):
+        plasticity(layer, lambda model, hold: train(model, lambda optimizer: None), evaluate, 0.5)
     with pytest.raises(ws.Error, match="sparsity"):
         plasticity(layer, train, evaluate, 1.5)
 

@@ -112,9 +112,7 @@ def test_swaps_take_the_highest_in_and_the_lowest_out(share):
     assert torch.equal(mask, before)
     assert torch.equal(swapped(mask, score, mask, share), mask)
     now, best = torch.tensor([True, False, True, False]), torch.tensor([True, True, False, False])
-    assert (
-        swapped(now, torch.ones(4), best, 1.0).tolist() == best.tolist()
-    )  # what is asked for stays, also among equals
+    assert torch.equal(swapped(now, torch.ones(4), best, 1.0), best)  # of equals what is asked for stays
 
 
 def test_fewer_swaps_are_made_as_time_goes_by_and_none_without_advance():

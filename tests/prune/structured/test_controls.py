@@ -57,7 +57,6 @@ def test_no_control_begins_with_the_models_own_start_and_its_mode_is_its_own(mlp
     with torch.random.fork_rng():
         torch.manual_seed(0)  # the seed of the controls
         model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3))
-    model.load_state_dict(model.state_dict())
     inherited = cut_module(model, graph, kept)
     starts = []
     controls(

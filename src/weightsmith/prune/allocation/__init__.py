@@ -1,7 +1,9 @@
 """How much each tensor loses.
 
 The signature of the room: ``(weights or measured curves, sparsity, ...) -> {tensor: share removed}``, which every
-method of ``prune`` takes as its ``sparsity``. The shares remove ``sparsity`` of all elements together.
+method of ``prune`` takes as its ``sparsity``. The shares remove ``sparsity`` of all elements together; a method then
+rounds to whole elements, so that what is removed may differ by half an element for each tensor (with ``scope="row"``,
+for each row).
 """
 
 from weightsmith.card import table

@@ -215,18 +215,21 @@ def output_energy(weight: Tensor, gram: Tensor) -> float:
 
     Args:
         weight: ``[out, ...]``.
-        gram: of its inputs: ``[in, in]``, blocks ``[in / b, b, b]``, or a diagonal ``[in]``.
+        gram: of its inputs: ``[in, in]``, blocks ``[in / b, b, b]``, or a diagonal ``[in]``; on the same device.
+
+    Returns:
+        Computed in the wider of float32 and the weight's dtype, summed in float64.
 
     >>> output_energy(torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 1.0], [1.0, 1.0]]))
     9.0
     """
-    flat = working(weight).reshape(len(weight), -1)
+    flat = working(weight).reshape(len(weight), weight.shape[1:].numel())
     gram = gram.to(flat.dtype)
     if gram.dim() == 1:
-        return float((flat.square().sum(0).double() * gram.double()).sum())
+        return float((flat.square() @ gram).sum(dtype=torch.float64))
     if gram.dim() == 2:
         return max(float((flat @ gram).mul_(flat).sum(dtype=torch.float64)), 0.0)
-    blocks = flat.reshape(len(flat), len(gram), -1).transpose(0, 1)
+    blocks = flat.reshape(len(flat), *gram.shape[:2]).transpose(0, 1)
     return max(float((blocks @ gram).mul_(blocks).sum(dtype=torch.float64)), 0.0)
 
 

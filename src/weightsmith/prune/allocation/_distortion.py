@@ -43,7 +43,7 @@ def distortion(
         tensor -> share removed.
 
     Raises:
-        Error: a sparsity outside [0, 1] or beyond the last level.
+        Error: a sparsity outside [0, 1] or beyond the last level, or curves that are not finite.
 
     >>> curves = Curves((0.0, 0.5), {"a": torch.tensor([0.0, 1.0]), "b": torch.tensor([0.0, 3.0])}, {"a": 4, "b": 4})
     >>> distortion(curves, 0.25)
@@ -78,7 +78,7 @@ def lagrangian(curves: Curves, sparsity: float = 0.5, *, cost: PerTensor[float] 
         tensor -> share removed.
 
     Raises:
-        Error: a sparsity outside [0, 1] or beyond the last level.
+        Error: a sparsity outside [0, 1] or beyond the last level, or curves that are not finite.
 
     >>> curves = Curves((0.0, 0.5), {"a": torch.tensor([0.0, 1.0]), "b": torch.tensor([0.0, 3.0])}, {"a": 4, "b": 4})
     >>> lagrangian(curves, 0.25, cost={"a": 1.0, "b": 9.0})
@@ -100,6 +100,11 @@ def _allocated(
 ) -> dict[str, float]:
     share = share_of(sparsity, who)
     names = list(curves.harms)
+    for name, harm in curves.harms.items():
+        if tuple(harm.shape) != (len(curves.levels),):
+            raise Error(f"{who}: the harms of {name} are {list(harm.shape)}; there are {len(curves.levels)} levels")
+        if not harm.isfinite().all():
+            raise Error(f"{who}: the harms of {name} are not all finite; leave out its levels or the tensor")
     prices = resolve(cost, names, "cost")
     for name, price in prices.items():
         if not 0 < price < math.inf:
@@ -124,7 +129,7 @@ def _given_back(curves: Curves, chosen: dict[str, int], worth: dict[str, float],
         top, harm = chosen[name], curves.harms[name]
         return float(harm[top] - harm[top - 1]) / ((levels[top] - levels[top - 1]) * worth[name])
 
-    while surplus > 1e-12 * budget:
+    while surplus > 1e-12 * math.fsum(worth.values()):
         able = [name for name, level in chosen.items() if level > 0 and worth[name] > 0]
         name = max(able, key=spared)
         step = min(surplus, (shares[name] - levels[chosen[name] - 1]) * worth[name])

@@ -78,6 +78,6 @@ def met(
         middle = (low + high) // 2
         low, high = (middle, high) if removed(bends[middle]) <= budget else (low, middle)
     before, after = removed(bends[low]), removed(bends[high])
-    part = (budget - before) / (after - before) if after > before else 1.0
+    part = (budget - before) / (after - before) if after > before else 0.0
     moved = bends[low] + min(max(part, 0.0), 1.0) * (bends[high] - bends[low])
     return {name: min(max(value + moved, 0.0), highest[name]) for name, value in start.items()}

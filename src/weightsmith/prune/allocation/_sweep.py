@@ -51,8 +51,9 @@ def sweep(
 
     Returns:
         Report: a row for each, the whole weights first: what was asked for, the share of zeros among the prunable
-        tensors, and the quality. Where at least two shares were asked for: the ``knee``, the quality there, and the
-        ``loss before`` and ``loss after`` it, in quality for all of the weights.
+        tensors, and the quality. Where at least three different shares (the whole weights have
+        one) have a finite quality: the ``knee``, the quality there, and the ``loss before`` and ``loss after`` it, in
+        quality for all of the weights.
 
     Raises:
         Error: no sparsity.
@@ -73,9 +74,9 @@ def sweep(
             found = sparsity_of(pruned)
             rows.append({"asked": asked, "sparsity": found, "quality": float(evaluate(pruned))})
             advance(1)
-    shares = sorted(
-        (row["sparsity"], row["quality"]) for row in rows if not isinstance(row["asked"], str) or row is rows[0]
-    )
+    plain = [row for row in rows if not isinstance(row["asked"], str) or row is rows[0]]
+    # Once each: what was zero already is not removed again. No knee is looked for where there is no quality left.
+    shares = sorted({row["sparsity"]: row["quality"] for row in plain if math.isfinite(row["quality"])}.items())
     places, quality = [share for share, _ in shares], [value for _, value in shares]
     figures = {"quality, whole": rows[0]["quality"]}
     if len(places) > 2:

@@ -41,8 +41,12 @@ Source = str | os.PathLike[str] | Mapping[str, Any] | nn.Module
 
 Format = Literal["bitmask", "sparse-bitmask", "sparse-24-bitmask"]
 
-CONFIG, ASIDE = "config.json", "config.unpacked.json"
-"""What a model's config is called, and where it is put so that nobody loads packed weights for plain ones."""
+CONFIG, ASIDE, THEIRS = "config.json", "config.unpacked.json", "config.compressed-tensors.json"
+"""What a model's config is called, where it is put so that nobody loads packed weights for plain ones, and what
+compressed-tensors is told."""
+
+PARTS = ("compressed", "bitmask", "shape")
+"""What every packed tensor has; ``row_offsets`` may come on top."""
 
 _DTYPES = (
     torch.float64,
@@ -67,15 +71,19 @@ def pack(
     """Pruned weights without their zeros; `unpack` leads back, to the bit but for the sign of zero.
 
     ``"bitmask"`` makes of ``name`` the tensors ``name_compressed`` ``[kept]`` (what is not zero, in order),
-    ``name_bitmask`` ``[ceil(n / 8)]`` uint8 (a bit an entry, the first one lowest) and ``name_shape``. A
-    ``config.json`` is put aside, so that other programs refuse such a folder rather than load it without these tensors.
+    ``name_bitmask`` ``[ceil(n / 8)]`` uint8 (a bit an entry, the first one lowest) and ``name_shape``. `unpack` reads
+    it, and no other program.
 
     ``"sparse-bitmask"`` and ``"sparse-24-bitmask"`` are layouts of compressed-tensors 0.13, gone from later ones: of
     ``X.weight`` they make ``X.compressed``, ``X.bitmask`` (rows of the last axis, each filled up to bytes), ``X.shape``
-    and, in the first, ``X.row_offsets`` int64; a ``config.json`` says so. They are for programs that still know them.
-    Later ones do not, and do not say so either: transformers 5.23 with compressed-tensors 0.20 loads such a folder with
-    *random* weights in these places, and mentions it in its load report alone. For kernels of convolutions the first
-    is larger than the tensor itself. In the second, every group of four along a row keeps exactly two values.
+    and, in the first, ``X.row_offsets`` int64. For kernels of convolutions the first is larger than the tensor itself.
+    In the second, every group of four along a row keeps exactly two values.
+
+    In each of them ``config.json`` is put aside as ``config.unpacked.json``, so that other programs refuse the folder
+    rather than load it without these tensors; `unpack` puts it back. For programs that still know the layouts of
+    compressed-tensors 0.13 there is ``config.compressed-tensors.json``: rename it to ``config.json``. For later ones do
+    not: transformers 5.23 with compressed-tensors 0.20 then fills these weights with *random* numbers, and says so in
+    its load report alone (with 0.13 it refuses).
 
     Args:
         weights: pruned weights; anything that `weightsmith.open` opens.
@@ -117,7 +125,9 @@ def pack(
     elif held:
         raise Error(next(iter(held.values())))
     if not names:
-        raise Error(f"no tensor to pack fits pattern={pattern!r}; there are {listed(opened)}")
+        if pattern is None:
+            raise Error(f"none of {listed(opened)} is usually pruned and fits the layout; name with pattern= what to pack")
+        raise Error(f"no tensor to pack fits {pattern=}; there are {listed(opened)}")
     rule: Rule = "2:4" if format == "sparse-24-bitmask" else "bits" if exact else "value"
     reductions = {name: counts_of(opened.node(name), rule) for name in names}
     solve_all(reductions.values(), threads)
@@ -206,14 +216,12 @@ def _replaced(weights: Weights, made: Mapping[str, Mapping[str, Lazy]], format: 
 
 
 def _files(weights: Weights, format: str, made: Mapping[str, Mapping[str, Lazy]]) -> dict[str, bytes | Bytes]:
-    """A config that says what the layout is, or none that anybody could take for that of plain weights."""
+    """No config that anybody could take for that of plain weights; beside it one that says what the layout is."""
     files = dict(weights.files)
     if CONFIG not in files:
         return files
-    if format == "bitmask":
-        files[ASIDE] = files.pop(CONFIG)
-        return files
-    parsed = _config(files[CONFIG])
+    files[ASIDE] = files.pop(CONFIG)
+    parsed = None if format == "bitmask" else _config(files[ASIDE])
     if parsed is None:
         return files
     kept = sum(parts[".compressed"].spec.numel for parts in made.values())
@@ -229,7 +237,7 @@ def _files(weights: Weights, format: str, made: Mapping[str, Mapping[str, Lazy]]
             "sparsity_structure": "2:4" if format == "sparse-24-bitmask" else "unstructured",
         },
     }
-    files[CONFIG] = _as_file(parsed)
+    files[THEIRS] = _as_file(parsed)
     return files
 
 
@@ -272,7 +280,7 @@ def unpack(weights: Source, *, threads: int | None = None) -> Weights:
         raise Error("nothing here is packed: no tensor ends in _compressed or .compressed and has a bitmask beside it")
     reductions = [counts_of_bits(plan.packed, plan.rows) if plan.rows.total else None for plan in plans]
     solve_all([reduction for reduction in reductions if reduction is not None], threads)
-    made: dict[int, Lazy] = {}
+    made: dict[object, Lazy] = {}
     parts: dict[str, tuple[str, Lazy]] = {}
     for plan, reduction in zip(plans, reductions, strict=True):
         begin = [0] if reduction is None else places(reduction.value())
@@ -281,7 +289,7 @@ def unpack(weights: Source, *, threads: int | None = None) -> Weights:
                 f"{plan.name}: its bits speak of {begin[-1]:,} values, and there are {plan.values.spec.numel:,}"
             )
         dense = Dense(plan.values, plan.packed, plan.rows, plan.shape, begin)
-        node = made.setdefault(id(plan.values), dense)  # names of one tensor stay so
+        node = made.setdefault(plan.key, dense)  # names of one tensor stay so
         parts |= dict.fromkeys(plan.parts, (plan.name, node))
     nodes: dict[str, Lazy] = {}
     for name in opened:
@@ -303,28 +311,41 @@ class _Plan:
     rows: Rows
     shape: tuple[int, ...]
 
+    @property
+    def key(self) -> object:
+        """Equal for names of one tensor."""
+        return id(self.values), id(self.packed), self.shape
+
 
 def _plans(weights: Weights) -> list[_Plan]:
-    found = []
-    for joint in ("_", "."):
-        for name in weights:
-            own = name.removesuffix(f"{joint}compressed")
-            bits, shape = f"{own}{joint}bitmask", f"{own}{joint}shape"
-            if own != name and bits in weights:
-                if shape not in weights:
-                    raise FormatError(f"{own} is packed, but {shape} is missing")
-                parts = tuple(p for p in (name, bits, shape, f"{own}{joint}row_offsets") if p in weights)
-                found.append(_plan(weights, "" if joint == "_" else ".weight", own, parts))
-    return found
+    found: dict[str, _Plan] = {}
+    lacking: dict[str, str] = {}
+    for joint, ending in (("_", ""), (".", ".weight")):
+        ends = [joint + part for part in PARTS]
+        for own in dict.fromkeys(name.removesuffix(end) for end in ends for name in weights if name.endswith(end)):
+            names = [own + end for end in ends]
+            missing = [name for name in names if name not in weights]
+            if len(missing) == 1:
+                lacking[missing[0]] = own + ending
+            elif not missing:
+                if own + ending in found:
+                    raise FormatError(f"{own + ending} is packed twice: as {found[own + ending].parts[0]}, {names[0]}")
+                names += [name for name in (f"{own}{joint}row_offsets",) if name in weights]
+                found[own + ending] = _plan(weights, ending, own, tuple(names))
+    for gone, name in lacking.items():
+        if gone not in found:  # what was packed twice is unpacked twice
+            raise FormatError(f"{name} is packed, but {gone} is missing")
+    return list(found.values())
 
 
 def _plan(weights: Weights, ending: str, own: str, parts: tuple[str, ...]) -> _Plan:
     values, packed, shape = weights.node(parts[0]), weights.node(parts[1]), _shape(weights, parts[2])
     if ending:
-        rows, expected = Rows(math.prod(shape[:-1]), shape[-1] if shape else 0), (*shape[:-1], -(-shape[-1] // 8))
+        rows, expected = Rows(math.prod(shape[:-1]), shape[-1]), (*shape[:-1], -(-shape[-1] // 8))
     else:
         rows, expected = Rows(1, math.prod(shape)), (-(-math.prod(shape) // 8),)
-    if packed.spec != Spec(expected, torch.uint8) or not values.spec.dtype.is_floating_point:
+    fits = packed.spec == Spec(expected, torch.uint8) and values.spec.numel <= rows.total
+    if not fits or values.spec.dtype not in _DTYPES:
         raise FormatError(f"{own}: bits {packed.spec} and values {values.spec} are not those of a tensor {list(shape)}")
     return _Plan(own + ending, parts, values, packed, rows, shape)
 
@@ -342,13 +363,16 @@ def _shape(weights: Weights, name: str) -> tuple[int, ...]:
 
 
 def _plain_files(weights: Weights) -> dict[str, bytes | Bytes]:
-    """The files, with a config.json that no longer speaks of packing."""
+    """The files, with a config.json that does not speak of packing."""
     files = dict(weights.files)
-    if ASIDE in files and CONFIG not in files:
-        files[CONFIG] = files.pop(ASIDE)
+    files.pop(THEIRS, None)
+    aside = files.pop(ASIDE, None)
     parsed = _config(files[CONFIG]) if CONFIG in files else None
     said = parsed and parsed.get("quantization_config")
-    if parsed is not None and isinstance(said, dict) and said.pop("sparsity_config", None) is not None:
+    speaks = isinstance(said, dict) and said.pop("sparsity_config", None) is not None
+    if aside is not None and (speaks or CONFIG not in files):
+        files[CONFIG] = aside
+    elif parsed is not None and isinstance(said, dict) and speaks:
         if not said.keys() - {"quant_method", "transform_config", "version"}:
             del parsed["quantization_config"]
         files[CONFIG] = _as_file(parsed)
@@ -381,12 +405,12 @@ def sizes(packed: Source) -> Report:
     plans = _plans(opened)
     if not plans:
         raise Error("nothing here is packed")
-    seen: set[int] = set()
+    seen: set[object] = set()
     rows = []
     for plan in plans:
-        if id(plan.values) in seen:
+        if plan.key in seen:
             continue
-        seen.add(id(plan.values))
+        seen.add(plan.key)
         before = plan.rows.total * plan.values.spec.dtype.itemsize
         after = sum(opened.spec(part).nbytes for part in plan.parts)
         rows.append(

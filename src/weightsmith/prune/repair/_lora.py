@@ -6,7 +6,7 @@ comes of nothing, and the folded weight is as sparse as before.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +54,7 @@ class Scaled(nn.Module):
     paper="Zimmer, Andoni, Spiegel, Pokutta 2023, 'PERP: Rethinking the Prune-Retrain Paradigm in the Era of LLMs'",
     covers=("perp",),
     unit="model",
-    claim="trained so, a pruned model comes close to training all of it, and is as sparse after folding",
+    claim="more of what pruning lost comes back than with norms alone, and the folded weights are as sparse as before",
 )
 def masked_lora(
     module: nn.Module,
@@ -71,7 +71,8 @@ def masked_lora(
     Args:
         module: changed in place: weights get the parametrizations `weightsmith.adapt.LowRank` and a mask, all else is
             frozen.
-        masks: boolean ``[out, ...]`` by the names of weights, true for what is kept; default: `carried_masks`.
+        masks: boolean ``[out, ...]`` by the names of weights, true for what is kept; default: the zeros of every matrix
+            or convolution that holds some.
         rank: ``r``.
         alpha: the changes are multiplied by ``alpha / rank``; default ``2 * rank``.
         seed: of ``A``.
@@ -90,10 +91,24 @@ def masked_lora(
     >>> (layer.weight == 0).tolist()
     [[False, True, False], [True, False, True]]
     """
-    masks = checked_masks(module, masks)
-    learning = lora(module, masks.__contains__, rank=rank, alpha=alpha, seed=seed)
-    for name, mask in masks.items():
-        parametrized(module, name, Masked(mask))
+    found = checked_masks(module, masks)
+    return low_rank(module, list(found), found, rank=rank, alpha=alpha, seed=seed)
+
+
+def low_rank(
+    module: nn.Module,
+    names: Sequence[str],
+    masks: Mapping[str, Tensor],
+    *,
+    rank: int,
+    alpha: float | None = None,
+    seed: int = 0,
+) -> dict[str, LowRank]:
+    """`masked_lora` for some weights, with or without a mask each."""
+    learning = lora(module, frozenset(names).__contains__, rank=rank, alpha=alpha, seed=seed)
+    for name in learning:
+        if name in masks:
+            parametrized(module, name, Masked(masks[name]))
     return learning
 
 
@@ -151,18 +166,24 @@ def carried_masks(module: nn.Module) -> dict[str, Tensor]:
 
 
 def checked_masks(module: nn.Module, masks: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-    """The masks of a module, on its device; those that it carries where none are given."""
-    named = dict(module.named_parameters())
+    """The masks of a module by the first names of its parameters, on their device; by default those that it carries."""
     if masks is None:
         found = carried_masks(module)
         if not found:
             raise Error("no weight of the module holds zeros; prune it first, or give masks=")
         return found
+    named = dict(module.named_parameters(remove_duplicate=False))
+    first = {id(parameter): name for name, parameter in module.named_parameters()}
+    found = {}
     for name in masks:
-        if name not in named or named[name].shape != masks[name].shape or masks[name].dtype != torch.bool:
+        mask = masks[name]
+        if name not in named or named[name].shape != mask.shape or mask.dtype != torch.bool:
             raise Error(
                 f"the mask of {name} must be boolean and fit a parameter of the module{did_you_mean(name, named)}"
             )
-    if not masks:
+        mask = mask.to(named[name].device)
+        if not torch.equal(found.setdefault(first[id(named[name])], mask), mask):
+            raise Error(f"{name} and {first[id(named[name])]} are one tensor, but have two masks")
+    if not found:
         raise Error("masks= holds no mask; leave it out for the zeros that the weights hold")
-    return {name: masks[name].to(named[name].device) for name in masks}
+    return found

@@ -6,6 +6,7 @@ texts do what takes far more with the last layer's loss alone.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -53,7 +54,8 @@ def reconstruct(
         rate: at first.
         masks: boolean by the names of parameters, true for what is kept; default: the zeros that the weights hold
             stay zeros.
-        forward: ``(block, batch) -> [n, ...]``, where a block is not called with a tensor.
+        forward: ``(block, batch) -> [n, ...]``, where a block is called with something else than a tensor, a tuple's
+            members or a mapping's words.
         seed: of the order.
 
     Returns:
@@ -78,7 +80,10 @@ def reconstruct(
 
 
 def _called(block: Any, batch: Batch) -> Tensor:
-    found = block(*batch) if isinstance(batch, list | tuple) else block(batch)
+    if isinstance(batch, Mapping):
+        found = block(**batch)
+    else:
+        found = block(*batch) if isinstance(batch, list | tuple) else block(batch)
     return found[0] if isinstance(found, tuple) else found
 
 
@@ -96,8 +101,9 @@ def fit(
     """Train a block on targets; see `reconstruct`."""
 
     def loss(number: int) -> Tensor:
-        target = _real(targets[number], batches[number]).float()
-        off = (_real(forward(block, batches[number]), batches[number]).float() - target).square().sum()
+        given = _real(forward(block, batches[number]), batches[number]).float()
+        target = _real(targets[number], batches[number]).to(given)
+        off = (given - target).square().sum()
         return off / target.square().sum().clamp(min=torch.finfo(torch.float32).tiny)
 
     own = [parameter for parameter in block.parameters() if parameter.requires_grad]
@@ -107,7 +113,9 @@ def fit(
 def _real(value: Tensor, batch: Batch) -> Tensor:
     """Without padded tokens."""
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    return value[mask.bool()] if mask is not None and value.shape[:2] == mask.shape else value
+    if mask is None or value.shape[:2] != mask.shape:
+        return value
+    return value[mask.bool().to(value.device)]
 
 
 def descend(
@@ -144,7 +152,7 @@ def descend(
             order = order or torch.randperm(count, generator=generator).tolist()
             now = loss(order.pop())
             losses.append(float(now.detach()))
-            if losses[-1] != losses[-1] or losses[-1] == float("inf"):
+            if not math.isfinite(losses[-1]):
                 raise Error(f"the loss is {losses[-1]} at step {step}; train with a smaller rate than {rate:g}")
             optimizer.zero_grad(set_to_none=True)
             now.backward()

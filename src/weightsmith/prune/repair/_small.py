@@ -68,14 +68,23 @@ def trainable(module: nn.Module, which: Sequence[Part] = ("biases", "norms")) ->
 def small_parameters(module: nn.Module, which: Sequence[Part]) -> dict[str, nn.Parameter]:
     """What `trainable` chooses."""
     found: set[int] = set()
-    matrices = [part for part in module.modules() if any(p.dim() > 1 for p in part.parameters(recurse=False))]
+    put_on = {inner for part in module.modules() for inner in getattr(part, "parametrizations", nn.Module()).modules()}
+    parts = [part for part in module.modules() if part not in put_on]
+    matrices = [part for part in parts if any(p.dim() > 1 for p in _values(part))]
     holders = {id(part) for part in matrices}
-    for part in module.modules():
+    for part in parts:
         word = "biases" if id(part) in holders else "norms"
-        if word in which and not hasattr(part, "parametrizations"):
+        if word in which:
             found |= {id(p) for p in part.parameters(recurse=False) if p.dim() == 1 and p.is_floating_point()}
     if "head" in which and matrices:
         named: Any = getattr(module, "get_output_embeddings", lambda: None)()
         head = named if isinstance(named, nn.Module) else matrices[-1]
         found |= {id(p) for p in head.parameters(recurse=False) if p.is_floating_point()}
     return {name: parameter for name, parameter in module.named_parameters() if id(parameter) in found}
+
+
+def _values(part: nn.Module) -> Iterator[nn.Parameter]:
+    """Its own parameters, and those that stand under its parametrizations."""
+    yield from part.parameters(recurse=False)
+    for under in getattr(part, "parametrizations", {}).values():
+        yield from under.parameters(recurse=False)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from weightsmith.adapt import parametrized
 from weightsmith.card import card
 from weightsmith.errors import Error
-from weightsmith.prune.room import Source
+from weightsmith.prune.room import Source, apply_mask
 from weightsmith.prune.sparse._parametrizations import fan_in, weights_of, wide
 from weightsmith.weights import Pattern, Weights, apply, open
 
@@ -162,10 +162,13 @@ def refilled(weights: Source, masks: Source, *, fill: Fill = "zero") -> Weights:
     Args:
         weights: a model or checkpoint.
         masks: boolean, under the names of weights; the others stay.
-        fill: ``"zero"`` or ``"mean"``, one number a filter.
+        fill: ``"zero"``, as `weightsmith.prune.apply_mask`, or ``"mean"``, one number a filter.
+
+    Returns:
+        Weights: all tensors, in their dtypes; means are computed in float32 or wider.
 
     Raises:
-        Error: a mask that fits no weight, or an unknown word.
+        Error: a mask that fits no weight, means for a tensor of one axis, or an unknown word.
 
     >>> weights = {"w": torch.tensor([[4.0, 1.0, 2.0]])}
     >>> refilled(weights, {"w": torch.tensor([[True, False, False]])}, fill="mean")["w"].sum().item()
@@ -174,11 +177,12 @@ def refilled(weights: Source, masks: Source, *, fill: Fill = "zero") -> Weights:
     if fill not in get_args(Fill):
         raise Error(f"refilled: fill is one of {', '.join(get_args(Fill))}; got {fill!r}")
     opened, found = open(weights), open(masks)
+    cut = apply_mask(opened, found)
+    if fill == "zero":
+        return cut
     for name in found:
-        if name not in opened or opened.spec(name).shape != found.spec(name).shape or len(found.spec(name).shape) < 2:
-            raise Error(f"the mask of {name} fits no tensor of that name and shape {list(found.spec(name).shape)}")
-        if found.spec(name).dtype != torch.bool:
-            raise Error(f"the mask of {name} is {found.spec(name)}; a mask is boolean")
+        if len(found.spec(name).shape) < 2:
+            raise Error(f"refilled: {name} has one axis and no filters, so fill='mean' has no mean; leave out its mask")
     first: Mapping[str, Any] = {opened.ties.get(name, name): found.node(name) for name in found}
 
     def build(name: str, node: Any) -> Any:

@@ -85,7 +85,8 @@ def of_each(option: PerTensor[Any], names: Iterable[str], word: str) -> dict[str
 class Scheduled(nn.Module):
     """A parametrization that changes along training; ``progress`` is the share of it that is done.
 
-    It goes along in the state dict, as a Python number: no cast of the module rounds it and no device has to be asked.
+    It goes along in the state dict, as a tensor, since some files hold nothing else; the module itself holds a Python
+    number: no cast rounds it and no device has to be asked.
     """
 
     progress: float = 0.0
@@ -94,11 +95,11 @@ class Scheduled(nn.Module):
         """Take note of the progress."""
         self.progress = progress
 
-    def get_extra_state(self) -> dict[str, float]:
-        return {"progress": self.progress}
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(self.progress, dtype=torch.float64)
 
     def set_extra_state(self, state: Any) -> None:
-        self.progress = float(state["progress"])
+        self.progress = float(state)
 
 
 def advance(module: nn.Module, progress: float) -> None:

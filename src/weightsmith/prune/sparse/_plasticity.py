@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from weightsmith.card import card
-from weightsmith.errors import Error
+from weightsmith.errors import Error, listed
 from weightsmith.prune.room import chosen_targets
 from weightsmith.prune.sparse._controller import control
 from weightsmith.prune.sparse._rules import Moment, Rule, Span, static, updated
@@ -77,7 +77,7 @@ def plasticity(
         Plasticity: ``gain`` is the figure.
 
     Raises:
-        Error: gradients are needed and lack.
+        Error: gradients are needed and lack, or ``train`` did not hold the zeros.
 
     >>> layer = nn.Linear(4, 2)
     >>> found = plasticity(layer, lambda model, hold: None, lambda model: float((model.weight != 0).sum()), 0.5)
@@ -104,4 +104,7 @@ def plasticity(
         return control(made, optimizer, static(), masks=masks)
 
     train(made, hold)
+    grown = [name for name, mask in masks.items() if bool((weights[name][~mask] != 0).any())]
+    if grown:
+        raise Error(f"plasticity: zeros of {listed(grown)} were not kept; train calls hold(optimizer) before it steps")
     return Plasticity(before, pruned, float(evaluate(made)))

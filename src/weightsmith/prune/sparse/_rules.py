@@ -1,8 +1,9 @@
 """Rules of sparse training: when masks move, what goes, what comes.
 
 One rule in several rows. At a step that is due, (1) the smallest weights go until as many are left as the schedule
-says, (2) a further share of the smallest is dropped and (3) as many come back elsewhere: at random, where the gradient
-or the momentum is largest. They begin as zeros. A rule is data; `updated` is what it does, a pure function.
+says, (2) a further share of the smallest is dropped and (3) as many come, at random, or where the gradient or the
+momentum is largest, and begin as zeros; who went in the same change may come back, and is as it was. A rule is data;
+`updated` is what it does, a pure function.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ class Rule:
     """A rule of sparse training; rows such as `rigl` fill it in.
 
     Raises:
-        Error: a share outside [0, 1), a period below one step, an end that is not after the beginning.
+        Error: a share outside [0, 1), a period below one step or without an exchange before the end, an end that is not
+            after the beginning.
     """
 
     name: str
@@ -70,6 +72,11 @@ class Rule:
             raise Error(
                 f"{self.name}: masks move every 1 or more steps, from start to a later stop; got every={self.every}, "
                 f"start={self.start}, stop={self.stop}"
+            )
+        if self.every and self.decay and self.fraction > 0 and not self.start and self.every >= self.end:
+            raise Error(
+                f"{self.name}: every={self.every} leaves no exchange before step {self.end}, where the share is zero; "
+                "take a smaller every, or a later stop"
             )
 
     @property
@@ -168,7 +175,7 @@ def exchanged(rule: Rule, moment: Moment, masks: Mapping[str, Tensor], fraction:
         freed[name] = round(fraction * count)
         left[name] = highest(moment.weights[name].abs(), count - freed[name], masks[name])
         if rule.redistribute:
-            sizes[name] = float(moment.momenta[name].abs()[left[name]].double().mean()) if count > freed[name] else 0.0
+            sizes[name] = float(moment.momenta[name].abs()[masks[name]].double().mean()) if count else 0.0
     if rule.redistribute:
         room = {name: int((~left[name]).sum()) for name in names}
         freed = apportioned(sizes, sum(freed.values()), room)
@@ -211,14 +218,14 @@ def static(sparsity: float | None = None) -> Rule:
     claim="a large network pruned while it learns beats a small dense one of as many weights",
 )
 def gmp(
-    sparsity: float, *, every: int, stop: int, start: int = 0, initial: float = 0.0, scope: Span = "tensor"
+    sparsity: float | None, *, every: int, stop: int, start: int = 0, initial: float = 0.0, scope: Span = "tensor"
 ) -> Rule:
     r"""Gradual magnitude pruning: the smallest weights go, many at first and few in the end; none comes back.
 
     .. math:: s_t = s_f + (s_i - s_f) \Bigl( 1 - \frac{t - t_0}{t_1 - t_0} \Bigr)^3
 
     Args:
-        sparsity: :math:`s_f`, share removed in the end.
+        sparsity: :math:`s_f`, share removed in the end; None for that of densities given to `control`.
         every: steps between two prunings.
         stop: :math:`t_1`, the step of the last.
         start: :math:`t_0`.
@@ -293,7 +300,8 @@ def sparse_momentum(sparsity: float | None = None, *, every: int, stop: int, fra
 
     .. math:: g_l \propto \operatorname{mean}_{i \in l} |m_i|, \qquad \sum_l g_l = \sum_l d_l
 
-    with :math:`d_l` the weights dropped in a layer, :math:`g_l` those grown, and the mean over weights that are there.
+    with :math:`d_l` the weights dropped in a layer, :math:`g_l` those grown, and the mean over weights that are there
+    before any is dropped.
     Of optimizers with second moments, :math:`m` is :math:`\hat m / (\sqrt{\hat v} + 10^{-8})`.
 
     The optimizer sees gradients of all places, so that their momentum is known: gradients are dense at every step.
@@ -318,10 +326,11 @@ def sparse_momentum(sparsity: float | None = None, *, every: int, stop: int, fra
     covers=("granet",),
     unit="model",
     claim="gradual pruning that regrows as it prunes ends better than gradual pruning alone",
-    departs="the number of weights is exact at every step; an exchange follows the step whose gradient it uses",
+    departs="the number of weights is exact at every step; weights that are pruned and grown in one change keep their "
+    "value",
 )
 def granet(
-    sparsity: float,
+    sparsity: float | None,
     *,
     every: int,
     stop: int,
@@ -334,13 +343,13 @@ def granet(
     r"""GraNet: gradual pruning; at each pruning a share of what is left is exchanged for places with large gradients.
 
     Args:
-        sparsity: share removed in the end.
+        sparsity: share removed in the end; None for that of densities given to `control`.
         every: steps between two prunings.
         stop: the step at which the schedule (see `gmp`) ends.
         start: the step at which it begins.
         initial: share removed at first: 0 for dense-to-sparse, above it sparse-to-sparse.
         fraction: share exchanged at first, in each tensor; falls to nothing along a cosine.
-        last: the step of the last exchange, by default ``stop``.
+        last: the step of the last exchange, by default ``stop``; in the authors' code the end of training.
         scope: whether the smallest of all tensors are pruned, or each tensor's share.
 
     >>> granet(0.9, every=10, stop=100).sparsity_at(100)
@@ -358,7 +367,7 @@ def granet(
     claim="shrinking the smallest weights a little each step ends better than zeroing them each step",
 )
 def soft_shrinkage(
-    sparsity: float, *, stop: int, amount: float = 0.05, every: int = 1, initial: float | None = None
+    sparsity: float | None, *, stop: int, amount: float = 0.05, every: int = 1, initial: float | None = None
 ) -> Rule:
     r"""ISS-P: each step the smallest weights become a little smaller; who grows back is let alone.
 
@@ -368,7 +377,7 @@ def soft_shrinkage(
     and masks say which weights do not shrink; with ``amount=1`` it is iterative hard thresholding.
 
     Args:
-        sparsity: :math:`p`, of each tensor by its density.
+        sparsity: :math:`p`, of each tensor by its density; None for that of densities given to `control`.
         stop: the step at which shrinking ends.
         amount: :math:`a`; 0.05 in the authors' commands.
         every: steps after which it is found out anew which are the smallest.

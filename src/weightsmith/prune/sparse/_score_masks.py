@@ -102,7 +102,7 @@ def swapped(mask: Tensor, score: Tensor, asked: Tensor, share: float) -> Tensor:
 
 
 @card(
-    paper="Zhang, Lin, Ji, Chao, Tian, Ji 2021, 'Lottery Jackpots Exist in Pre-trained Models'",
+    paper="Zhang, Lin, Zhong, Chao, Ji 2021, 'Lottery Jackpots Exist in Pre-trained Models'",
     covers=("lottery-jackpots-exist-pre-trained",),
     unit="model",
     claim="at 95 % a mask found over frozen trained weights is more accurate than that of their magnitudes",

@@ -59,7 +59,7 @@ class SignedMask(nn.Module):
             return (self.latent > self.above).to(torch.int8) - (self.latent < self.below).to(torch.int8)
         kept = kept_wholes(self.latent.abs(), self.sparsity)
         # A latent value of zero that is kept has to have a sign, or one weight too many would be hidden.
-        signs = torch.where(self.latent < 0, -1, 1).to(torch.int8)
+        signs = 1 - 2 * (self.latent < 0).to(torch.int8)
         return torch.where(kept, signs, torch.zeros_like(signs))
 
     def forward(self, weight: Tensor) -> Tensor:
