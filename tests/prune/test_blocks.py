@@ -87,6 +87,14 @@ def test_curves_by_hand(slope):
         assert _blocks.curve(effects[name], slope).tolist() == pytest.approx(expected, rel=1e-4, abs=1e-7)
 
 
+def test_the_curve_is_that_of_the_blocks_that_go_also_among_equals():
+    effects = torch.tensor([[1.0, 1.0, -1.0]])
+    assert _blocks.curve(effects).tolist() == [0.0, 0.5, 0.0, 0.5]
+    score = {"w": _blocks.second_order(effects, False)[None]}
+    kept = ws.prune.by_score({"w": torch.ones(1, 3)}, score, 2 / 3, action="mask")["w"][0]
+    assert float(_blocks.second_order(effects[:, ~kept].sum(1, keepdim=True), False)) == 0.0
+
+
 def test_blocks_of_one_weight_are_the_second_order_of_single_weights():
     model = network()
     found = ws.prune.block_taylor(model, BATCHES, structure="1x1", slope=True)
@@ -174,6 +182,7 @@ def test_convolutions_rows_columns_and_text_of_refusals():
         ({"sparsity": 1.5}, "between 0 and 1"),
         ({"structure": "2x2", "floor": 0.9}, "with a floor of 0.9"),
         ({"structure": "2x2", "power": -1.0}, "power is 0 or more"),
+        ({"structure": "2x2", "at_once": 0}, "at_once is at least 1"),
         ({"structure": "2x2", "block_power": {"x": 1.0}}, "block_power names 'x'"),
     ):
         with pytest.raises(Error, match=words):

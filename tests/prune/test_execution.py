@@ -151,6 +151,9 @@ def test_what_stays():
             "groups": nn.Conv2d(8, 8, 1, groups=2),
             "padded": nn.Conv2d(8, 8, 1, padding=1),
             "hooked": nn.Linear(8, 8),
+            "early": nn.Linear(8, 8),
+            "watched": nn.Linear(8, 8),
+            "patched": nn.Linear(8, 8),
             "normed": nn.Linear(8, 8),
             "dense": nn.Linear(8, 8),
             "attention": nn.MultiheadAttention(8, 2),
@@ -160,22 +163,75 @@ def test_what_stays():
     pruned(model)
     nn.init.ones_(model["dense"].weight)
     model["hooked"].register_forward_hook(lambda *given: None)
+    model["early"].register_forward_pre_hook(lambda *given: None)
+    model["watched"].register_full_backward_hook(lambda *given: None)
+    model["patched"].forward = lambda values: values  # as programs do that load weights when they are needed
     nn.utils.parametrizations.weight_norm(model["normed"])
     fast = execute(model, least=0.5)
     assert [name for name, m in fast.named_modules() if isinstance(m, SparseLayer)] == ["plain"]
 
 
-def test_it_is_saved_loaded_and_copied(tmp_path):
+@pytest.mark.parametrize("layout", ["scattered", "4x1"])
+def test_it_is_saved_loaded_and_copied(layout, tmp_path):
     model = pruned(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)))
-    fast = execute(model, layout="4x1", least=0.5)
+    fast = execute(model, layout=layout, least=0.5)
     inputs = torch.ones(2, 16)
+    expected = fast(inputs)
     torch.save(fast.state_dict(), tmp_path / "s.pt")
     again = copy.deepcopy(fast)
     nn.init.zeros_(again[0].bias)
+    for name, value in again.named_buffers():
+        if name.endswith(("matrix", "values_0")):
+            (value if value.layout == torch.strided else value.values()).zero_()
+    assert torch.equal(fast(inputs), expected)  # a copy is a copy
+    assert not torch.allclose(again(inputs), expected)
     again.load_state_dict(torch.load(tmp_path / "s.pt"))
-    assert torch.equal(again(inputs), fast(inputs))
+    assert torch.equal(again(inputs), expected)
     wide = copy.deepcopy(fast).double()
-    torch.testing.assert_close(wide(inputs.double()).float(), fast(inputs))
+    torch.testing.assert_close(wide(inputs.double()).float(), expected)
+
+
+def test_a_part_of_a_model_at_a_time():
+    """What was replaced before is shared, and not replaced again."""
+    model = pruned(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)))
+    first = execute(model, layout="scattered", least=0.5, pattern="0.*")
+    both = execute(first, layout="4x1", least=0.5)
+    assert [type(layer.product) for layer in both] == [Scattered, BlockRows]
+    assert both[0].product.matrix is first[0].product.matrix
+    torch.testing.assert_close(both(torch.ones(2, 16)), model(torch.ones(2, 16)))
+
+
+@pytest.mark.parametrize("layout", ["scattered", "4x1"])
+def test_inputs_that_do_not_fit(layout):
+    """More or fewer than the columns of the weight must not be passed over."""
+    fast = execute(pruned(nn.Linear(16, 8)), layout=layout, least=0.5)
+    for width in (15, 17):
+        with pytest.raises(Error, match=f"16 inputs got {width}"):
+            fast(torch.ones(2, width))
+    images = execute(pruned(nn.Conv2d(16, 8, 1)), layout=layout, least=0.5)
+    with pytest.raises(Error, match="16 inputs got 15"):
+        images(torch.ones(2, 15, 4, 4))
+    for shape in ((16, 4), (1, 2, 16, 4, 4)):
+        with pytest.raises(Error, match="along 2 axes"):
+            images(torch.ones(shape))
+
+
+@pytest.mark.parametrize("layout", ["scattered", "4x1"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast(layout, dtype):
+    """Also for inputs that an operation before has made narrow."""
+    model = pruned(nn.Linear(16, 8))
+    fast, inputs = execute(model, layout=layout, least=0.5), torch.ones(3, 16, dtype=dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(fast(inputs).float(), model(inputs).float(), rtol=0.02, atol=0.02)
+
+
+def test_a_compiled_model():
+    model = pruned(nn.Sequential(nn.Linear(16, 16), nn.ReLU()))
+    for layout in ("scattered", "4x1"):
+        fast = execute(model, layout=layout, least=0.5)
+        found = torch.compile(fast, backend="eager")(torch.ones(2, 16))
+        torch.testing.assert_close(found, model(torch.ones(2, 16)))
 
 
 def test_halves():
@@ -184,9 +240,19 @@ def test_halves():
     torch.testing.assert_close(sparse_form(weight)(columns), weight @ columns, rtol=0.02, atol=0.05)
     with pytest.raises(Error, match="no scattered product"):
         sparse_form(weight, "scattered")
+    with pytest.raises(Error, match="no scattered product"):
+        sparse_form(weight.float(), "scattered").bfloat16()(columns)
+    model = pruned(nn.Sequential(nn.Linear(24, 16), nn.GELU(), nn.Linear(16, 7, bias=False)))
+    for dtype in (torch.bfloat16, torch.float16):
+        narrow, inputs = copy.deepcopy(model).to(dtype), torch.ones(2, 3, 24, dtype=dtype)
+        found = execute(narrow, least=0.5)(inputs)
+        assert found.dtype == dtype
+        torch.testing.assert_close(found, narrow(inputs), rtol=0.02, atol=0.02)
 
 
 def test_refusals():
+    with pytest.raises(Error, match="no plain linear layer"):
+        execute(nn.Sequential(nn.ReLU()))
     model = nn.Sequential(nn.Linear(8, 8))
     with pytest.raises(Error, match="90% zeros"):
         execute(model)

@@ -90,6 +90,14 @@ def test_nothing_and_what_is_not_finite():
         assert vector.isnan().all()
 
 
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0)])
+def test_a_matrix_without_entries(shape):
+    values = singular_values(torch.zeros(shape))
+    assert values is not None
+    assert not len(values)
+    assert (effective_rank(values), stable_rank(values)) == (0.0, 0.0)
+
+
 def test_all_values_and_their_ranks(monkeypatch):
     monkeypatch.setattr(solve._singular, "_BLOCK", 10)  # several blocks
     matrix = drawn(4, 9)

@@ -186,6 +186,15 @@ def test_bf16_gives_float32():
     assert found["weight"].isfinite().all()
 
 
+def test_what_is_not_finite_is_an_error():
+    def loss(model, batch):
+        return (model(batch[0]) ** 2).sum() * float("inf")
+
+    for statistic in (curvature, hessian_gradient):
+        with pytest.raises(Error, match=r"0\.weight.*not finite"):
+            statistic(network(), batches(7), loss=loss)
+
+
 def test_refusals():
     with pytest.raises(Error, match="draws"):
         curvature(network(), batches(7), draws=0)

@@ -110,6 +110,34 @@ def test_tied_parameters_get_the_sum_of_both_uses():
     assert found.ties == {"1.weight": "0.weight"}
 
 
+@pytest.mark.parametrize("pattern", ["0.*", "1.*"])
+def test_a_tied_parameter_by_either_name(pattern):
+    """Both uses count, whichever name the pattern fits."""
+    model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)).double()
+    model[1].weight = model[0].weight
+    expected = by_hand(model, batches(7), 1)["0.weight"]
+    (found,) = gradients(model, batches(7), pattern=pattern).to_dict().values()
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_parametrized_weight_has_the_gradient_of_what_it_is_made_of():
+    model = network()
+    nn.utils.parametrizations.weight_norm(model[0])
+    expected, found = by_hand(model, batches(7), 1), gradients(model, batches(7))
+    assert "0.parametrizations.weight.original0" in found
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name])
+
+
+def test_what_is_not_finite_is_an_error():
+    def loss(model, batch):
+        return model(batch[0]).sum() * float("nan")
+
+    for power in (1, 2):
+        with pytest.raises(Error, match=r"0\.weight.*not finite"):
+            gradients(network(), batches(7), power=power, loss=loss)
+
+
 def test_what_the_loss_does_not_use_has_zeros():
     class Half(nn.Module):
         def __init__(self):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+from typing import Any
 
 import pytest
 import torch
@@ -62,6 +64,14 @@ def test_the_sum_over_batches_is_float64():
     assert float(gram(layer, batches)["weight"]) == 2**24 + 8
 
 
+def test_a_wider_model_has_wider_sums():
+    layer = nn.Linear(1, 1).double()
+    batches = [torch.tensor([[4096.0]])] + [torch.ones(1, 1)] * 8
+    found = gram(layer, [batch.double() for batch in batches], sums=torch.float32)["weight"]
+    assert float(found) == 2**24 + 8
+    assert found.dtype == torch.float32
+
+
 class Attention(nn.Module):
     def __init__(self):
         super().__init__()
@@ -100,6 +110,7 @@ def test_a_matrix_that_is_shared_on_some_batches_only_is_taken_apart(order: tupl
     second = sum(2 * ((i + 1) ** 2 if sign > 0 else 4) for i, sign in enumerate(order))
     torch.testing.assert_close(found["second.weight"], second * ones)
     assert not found.ties
+    assert json.loads(found.metadata["weightsmith.rows"]) == {"first.weight": 6, "second.weight": 6}
 
 
 def test_an_input_that_is_overwritten_is_not_the_same_input():
@@ -115,6 +126,28 @@ def test_an_input_that_is_overwritten_is_not_the_same_input():
     found = gram(InPlace(), [torch.ones(1, 2)])
     assert found["second.weight"].tolist() == [[9, 9], [9, 9]]
     assert found["first.weight"].tolist() == [[1, 1], [1, 1]]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"stride": 2}, {"padding": 1}, {"dilation": 2}, {"padding": 1, "padding_mode": "circular"}, {"kernel_size": 1}],
+)
+def test_convolutions_of_one_input_share_a_matrix_where_they_make_the_same_patches(other: dict[str, Any]):
+    def pair(*settings: dict[str, Any]) -> nn.ModuleList:
+        return nn.ModuleList(nn.Conv1d(2, 3, **({"kernel_size": 2} | setting)) for setting in settings)
+
+    def forward(model: Any, x: Tensor) -> Tensor:
+        return torch.stack([layer(x).sum() for layer in model])
+
+    data = [random(3, 2, 6)]
+    found = gram(pair({}, other), data, forward=forward)
+    assert not found.ties
+    for name, setting in (("0.weight", {}), ("1.weight", other)):
+        torch.testing.assert_close(found[name], gram(pair(setting), data, forward=forward)["0.weight"])
+    assert gram(pair(other, other), data, forward=forward).ties == {"1.weight": "0.weight"}
+    both = {"padding": 1} | other  # that only the way of padding differs, too
+    if "padding_mode" in other:
+        assert not gram(pair({"padding": 1}, both), data, forward=forward).ties
 
 
 def test_a_layer_that_is_called_twice_counts_twice():

@@ -109,6 +109,11 @@ def test_a_shared_total_is_copied_once_when_it_is_taken_apart(order: tuple[int, 
 def test_the_first_sums_are_in_memory_and_the_rest_in_files(tmp_path):
     store = Store(tmp_path, 100)
     small = store.zeros(torch.zeros(3), torch.float64)
+    fitting = store.zeros(torch.zeros(9), torch.float64)  # 24 + 72 bytes, and no more
+    assert not store.files
+    assert store.zeros(torch.zeros(1), torch.float64).data_ptr() in store.files
+    assert fitting.data_ptr() not in store.files
+    store = Store(tmp_path, 100)
     large = store.zeros(torch.zeros(50, 50), torch.float64)
     assert store.files == {large.data_ptr()}
     assert large.shape == (50, 50)

@@ -5,7 +5,7 @@ What a score says of a weight is what the loss would do without it: a gradient o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +15,8 @@ from torch.func import functional_call
 
 from weightsmith.errors import Error, did_you_mean, listed
 from weightsmith.prune.room import chosen_targets
-from weightsmith.stats.room import Batch, Loss, default_loss, restored
+from weightsmith.stats import example_gradients
+from weightsmith.stats.room import Batch, Loss, default_loss, mapped, restored, size
 from weightsmith.weights import Pattern, open
 
 
@@ -54,17 +55,10 @@ def free_parameters(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str
         yield {name: own[name].detach().requires_grad_() for name in names}
 
 
-def gradients(
-    model: nn.Module,
-    parameters: Mapping[str, Tensor],
-    batch: Batch,
-    loss: Loss | None,
-    create_graph: bool = False,
-    tied: bool = False,
-) -> dict[str, Tensor]:
+def gradients(model: nn.Module, parameters: Mapping[str, Tensor], batch: Batch, loss: Loss | None) -> dict[str, Tensor]:
     """The gradient of a batch's loss by parameters that stand in for the model's own; see `called_loss`."""
-    value = called_loss(model, parameters, batch, loss, tied)
-    found = torch.autograd.grad(value, list(parameters.values()), create_graph=create_graph, materialize_grads=True)
+    value = called_loss(model, parameters, batch, loss)
+    found = torch.autograd.grad(value, list(parameters.values()), materialize_grads=True)
     return dict(zip(parameters, found, strict=True))
 
 
@@ -87,6 +81,34 @@ def called_loss(
     if not isinstance(value, Tensor) or value.numel() != 1:
         raise Error(f"loss= must return one number, got {list(getattr(value, 'shape', ()))}")
     return value.sum()
+
+
+def slopes_of_examples(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    names: Collection[str],
+    at_once: int,
+    loss: Loss | None,
+    weights: Any = None,
+) -> Iterator[Tensor]:
+    """The gradients of examples by some parameters, ``[at_once, elements]`` at a time, tensors in the model's order.
+
+    Args:
+        names: first names of parameters.
+        at_once: examples whose gradients are held together.
+        weights: what the model has in place of its own weights.
+
+    Raises:
+        Error: ``at_once`` below 1.
+    """
+    if at_once < 1:
+        raise Error(f"at_once is at least 1, got {at_once}")
+    for batch in batches:
+        for start in range(0, size(batch), at_once):
+            part = mapped(lambda value, start=start: value[start : start + at_once], batch)
+            yield example_gradients(
+                model, [part], pattern=names.__contains__, weights=weights, at_once=at_once, loss=loss
+            )
 
 
 def cuda_devices(model: nn.Module) -> list[int]:

@@ -17,11 +17,10 @@ from weightsmith import progress
 from weightsmith.card import card
 from weightsmith.errors import Error
 from weightsmith.prune import _select
-from weightsmith.prune._autograd import scored_names
+from weightsmith.prune._autograd import scored_names, slopes_of_examples
 from weightsmith.prune.room import Action, by_score
 from weightsmith.solve import lagrangian
-from weightsmith.stats import example_gradients
-from weightsmith.stats.room import Batch, Loss, mapped, size
+from weightsmith.stats.room import Batch, Loss
 from weightsmith.weights import Pattern, PerTensor, Weights, resolve, working
 
 LEVELS = 400
@@ -183,9 +182,7 @@ def block_effects(
     sizes = [own[name].numel() for name in order]
     with progress.task("blocks", len(batches) if isinstance(batches, Sequence) else 0) as advance:
         for batch in batches:
-            for start in range(0, size(batch), at_once):
-                part = mapped(lambda value, start=start: value[start : start + at_once], batch)
-                slopes = example_gradients(model, [part], pattern=grids.__contains__, at_once=at_once, loss=loss)
+            for slopes in slopes_of_examples(model, [batch], grids, at_once, loss):
                 for name, slope in zip(order, slopes.split(sizes, dim=1), strict=True):
                     found[name].append(_summed(slope * working(own[name].detach()).flatten(), grids[name]))
             advance(1)
@@ -211,8 +208,11 @@ def second_order(effects: Tensor, slope: bool) -> Tensor:
 
 
 def curve(effects: Tensor, slope: bool = False) -> Tensor:
-    """The rise of the loss without the k blocks of the lowest score, ``[blocks + 1]`` float64 for k from 0."""
-    order = second_order(effects.double(), slope).argsort(stable=True)
+    """The rise of the loss without the k blocks of the lowest score, ``[blocks + 1]`` float64 for k from 0.
+
+    Of equal scores the last go first.
+    """
+    order = second_order(effects.double(), slope).argsort(descending=True, stable=True).flip(0)  # as `by_score` cuts
     rise = torch.zeros(len(order) + 1, dtype=torch.float64, device=effects.device)
     for part in effects.split(64):
         rise[1:] += second_order(part[:, order].double().cumsum(dim=1), slope)

@@ -143,7 +143,8 @@ def grasp(
         \lVert \nabla L(\theta - \theta_i e_i) \rVert^2 \approx \lVert g \rVert^2 - 2 s_i
 
     with :math:`g` the gradient and :math:`H` the Hessian of the mean loss, both by the scored tensors alone. The
-    authors take ten examples of each class of CIFAR-10, and one threshold for all tensors: ``by_score(..., scope="global")``.
+    authors take ten examples of each class of CIFAR-10, and one threshold for all tensors:
+    ``by_score(..., scope="global")``.
 
     Args:
         model: asked in evaluation mode and left as it was.

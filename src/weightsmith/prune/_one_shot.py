@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from weightsmith.card import card
 from weightsmith.errors import Error, did_you_mean
+from weightsmith.lifting import options_of
 from weightsmith.prune.room import Scope, Source, Sparsity, chosen_targets, needed
 from weightsmith.weights import Pattern, PerTensor, Weights, as_dtype, open
 
@@ -88,6 +89,8 @@ def one_shot(
 
     opened, width = open(weights), as_dtype(dtype)
     whole = _checked(opened, sparsity, score, repair, allocate, scope, structure, pattern, propagate, heal)
+    if resume and store is None:
+        raise Error("resume=True continues what is in store=, and no folder is given")
     batches = batches_of(opened, calibrate, samples, length, seed)
     if allocate is not None:
         way = {"structure": structure} | ({} if scope is None else {"scope": scope})
@@ -101,7 +104,7 @@ def one_shot(
             sparsity = {name: 1 - int(mask.sum()) / max(mask.numel(), 1) for name, mask in masks.items()}
     pruned = sequential(
         opened, batches, sparsity, score=by, repair=repair, scope=scope, structure=structure, propagate=propagate,
-        pattern=pattern, dtype=width, device=device, store=store, resume=resume,
+        pattern=pattern, dtype=width, device=device, store=store, resume=resume, **_seeded(score, repair, seed),
     )  # fmt: skip
     if heal:
         teacher = _model(opened, "float32").to(device)
@@ -120,16 +123,9 @@ def _checked(
     lifted = "it is not a score of single weights"
     _known("score", score, METHODS, lambda method: hasattr(method, "kernel"), lifted)
     repairs = _room("repair").METHODS
-    _known(
-        "repair", repair, repairs, lambda method: hasattr(method, "kernel"), "it is no repair of one layer at a time"
-    )
-    _known(
-        "allocate",
-        allocate,
-        _room("allocation").METHODS,
-        _gives_shares,
-        "it asks for more than weights and Gram matrices",
-    )
+    _known("repair", repair, repairs, lambda method: hasattr(method, "kernel"), "it does not repair layer by layer")
+    allocations = _room("allocation").METHODS
+    _known("allocate", allocate, allocations, _gives_shares, "it asks for more than weights and Gram matrices")
     if score is None and repair is None:
         raise Error("one_shot needs a score, or a repair that chooses what goes, such as sparsegpt")
     whole = score is not None and needed(METHODS[score]) in BY_GRADIENTS
@@ -144,6 +140,15 @@ def _checked(
     if heal < 0:
         raise Error(f"heal is a number of steps, got {heal}")
     return whole
+
+
+def _seeded(score: str | None, repair: str | None, seed: int) -> dict[str, Any]:
+    """The seed, for those that draw."""
+    from weightsmith.prune import METHODS
+
+    parts = [METHODS[score]] if score is not None else []
+    parts += [_room("repair").METHODS[repair]] if repair is not None else []
+    return {"seed": seed} if any("seed" in options_of(part.kernel) for part in parts) else {}
 
 
 def _gives_shares(method: Callable[..., Any]) -> bool:

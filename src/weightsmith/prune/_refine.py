@@ -18,10 +18,9 @@ from torch import Tensor, nn
 from weightsmith import progress
 from weightsmith.card import card
 from weightsmith.errors import Error, listed
-from weightsmith.prune._autograd import called_loss, free_parameters
+from weightsmith.prune._autograd import called_loss, free_parameters, slopes_of_examples
 from weightsmith.solve import binary_quadratic
-from weightsmith.stats import example_gradients
-from weightsmith.stats.room import Batch, Loss, mapped, size
+from weightsmith.stats.room import Batch, Loss, size
 from weightsmith.weights import Weights, open, working
 
 
@@ -242,13 +241,5 @@ class _Asked:
         """The gradients of examples by some elements of these tensors, ``[n, chosen]``."""
         weights = {name: value for name, value in self.model.state_dict().items() if isinstance(value, Tensor)}
         weights |= self.masked(kept)
-        rows = []
-        for batch in self.batches:
-            for start in range(0, size(batch), self.at_once):
-                part = mapped(lambda value, start=start: value[start : start + self.at_once], batch)
-                found = example_gradients(
-                    self.model, [part], pattern=list(names).__contains__, weights=weights, at_once=self.at_once,
-                    loss=self.given,
-                )  # fmt: skip
-                rows.append(found[:, chosen])
-        return torch.cat(rows)
+        found = slopes_of_examples(self.model, self.batches, names, self.at_once, self.given, weights)
+        return torch.cat([slopes[:, chosen] for slopes in found])

@@ -88,12 +88,14 @@ def lift(kernel: Callable[..., Tensor], scope: Scope = "tensor") -> Any:
     The public function takes, beside the score's own options (each possibly `PerTensor`):
     ``sparsity``, the share to remove or an N:M pattern; ``scope``, whether each tensor loses that
     share, each of its rows does, or all together do (by default ``scope`` here); ``structure``, what is removed as
-    one: ``"element"``, ``"row"``, ``"column"`` or blocks of rows x columns such as ``"16x16"``, of which the share is
-    then one (of all blocks alike, whatever their size, with ``scope="global"``; of those side by side with
-    ``scope="row"``), in the order of their mean scores; ``pattern``, which tensors (default `prunable`); ``action``, ``"zero"`` for pruned weights or ``"mask"`` for the boolean mask of what
+    one: ``"element"``, ``"row"``, ``"column"`` or blocks of rows x columns such as ``"16x16"``; ``pattern``, which
+    tensors (default `prunable`); ``action``, ``"zero"`` for pruned weights or ``"mask"`` for the boolean mask of what
     is kept. Where the card needs a statistic, ``stats`` is what `weightsmith.stats` found, and the kernel's second
     argument is that of the tensor. A kernel that names ``key`` is told the tensor's name. Called with a tensor it is
     the kernel.
+
+    Blocks go in the order of their mean scores, and ``sparsity`` is a share of them: with ``scope="row"`` of those side
+    by side, with ``scope="global"`` of the blocks of all tensors, of which large and small ones count alike.
     """
     statistic = needed(kernel)
     keyed = "key" in inspect.signature(kernel).parameters

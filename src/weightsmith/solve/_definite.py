@@ -49,7 +49,7 @@ def steadied(gram: Tensor, *, damp: float = 0.0, shrink: float = 0.0) -> Tensor:
         raise Error(f"a Gram matrix is square, got {list(gram.shape)}")
     made = exact(gram)
     diagonal = made.diagonal().clone()
-    if not made.isfinite().all() or (diagonal < 0).any():
+    if not _finite(made) or (diagonal < 0).any():
         raise Error("the Gram matrix has NaN, infinity or a diagonal below zero; were there NaN among the inputs?")
     alive = diagonal > 0
     mean = diagonal.sum() / alive.sum().clamp(min=1)
@@ -96,12 +96,22 @@ def inverse_factor(matrix: Tensor) -> Tensor:
     Args:
         matrix: ``[n, n]``, positive definite.
 
+    Returns:
+        ``[n, n]``, of its dtype. Beside the matrix two more are held.
+
     >>> matrix = torch.tensor([[4.0, 2.0], [2.0, 5.0]], dtype=torch.float64)
     >>> upper = inverse_factor(matrix)
     >>> torch.allclose(upper.T @ upper, matrix.inverse()), float(upper[1, 0])
     (True, 0.0)
     """
     # With J the reversal of order, J A J = L L' gives A = R R' with R = J L J upper triangular, so A^-1 = R^-T R^-1.
-    upper = cholesky(matrix.flip(0, 1)).flip(0, 1).contiguous()
-    one = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
-    return torch.linalg.solve_triangular(upper, one, upper=True)
+    upper = cholesky(matrix.flip(0, 1)).flip(0, 1)
+    inverse = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    # In place, as its transpose: that is how the routine below lays it out, so nothing is copied.
+    torch.linalg.solve_triangular(upper.mT, inverse.mT, upper=False, out=inverse.mT)
+    return inverse
+
+
+def _finite(values: Tensor) -> bool:
+    """Whether no value is NaN or infinite, without a copy."""
+    return not values.numel() or bool(torch.stack(torch.aminmax(values)).isfinite().all())

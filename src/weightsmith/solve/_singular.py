@@ -22,7 +22,7 @@ _BLOCK = 2**22  # elements turned into float64 at once
 
 def singular_values(tensor: Tensor) -> Tensor | None:
     """All singular values of ``tensor`` ``[out, *in]``, descending, float64; None where a value is not finite."""
-    matrix = tensor.reshape(tensor.shape[0], -1)
+    matrix = tensor.reshape(tensor.shape[0], math.prod(tensor.shape[1:]))
     return roots_of(gram_of(matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T))
 
 
@@ -43,7 +43,7 @@ def effective_rank(values: Tensor) -> float:
 def stable_rank(values: Tensor) -> float:
     """The sum of the squares of singular values ``[r]`` (descending) over the largest square; 0 if all are zero."""
     squares = values.square()
-    largest = float(squares[0])
+    largest = float(squares[0]) if len(squares) else 0.0
     return float(squares.sum()) / largest if largest else 0.0
 
 

@@ -38,7 +38,8 @@ def activations(
 
     with :math:`x` ``[r, in]`` the features that a layer multiplies its flattened weight with, as in `gram`: the norm
     is the root of the diagonal of the Gram matrix. ``"mean_absolute"`` is the mean of :math:`|x_{ij}|`. The variance is
-    that of two of them, ``second_moment - mean * mean``, gathered in one pass with `collect`.
+    that of two of them, ``second_moment - mean * mean``, gathered in one pass with `collect` (rounding leaves little of
+    it where the mean is hundreds of standard deviations).
 
     Args:
         model: asked in evaluation mode and left as it was.
@@ -49,7 +50,7 @@ def activations(
         forward: ``(model, batch) -> logits``, where the default does not fit.
 
     Returns:
-        Weights: float32 under the name of each weight, summed in float64: ``[in]``, of a convolution one number for
+        Weights: float32 under the name of each weight, of calls summed in float64: ``[in]``, of a convolution one number for
         each channel and place of the kernel; or ``[out]``. The layers are those of `gram`.
 
     Raises:

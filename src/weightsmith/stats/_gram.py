@@ -53,7 +53,8 @@ def gram(
         sums: the dtype of sums over batches; products are float32, under autocast and of narrow floats as well (how
             exact, ``torch.set_float32_matmul_precision`` says). float32 sums need half the memory: after 512
             batches their entries were off by up to 1e-6 of the mean diagonal, those of float64 sums by 6e-8, which is
-            the rounding at the end.
+            the rounding at the end. float64 sums took a sixth more time on a CPU, for 1536 inputs and batches of 512
+            rows.
         store: a folder for files that hold the sums for which ``memory`` is not enough (default: the folder for
             temporary files). They vanish with the result; `save` it to keep it.
         memory: bytes of sums in memory, such as ``"4GB"``; default: any number, or none where ``store`` is given.

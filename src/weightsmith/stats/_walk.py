@@ -32,6 +32,7 @@ from weightsmith.stats.room import (
     restored,
 )
 from weightsmith.weights import Held, Step, Weights, as_dtype, open
+from weightsmith.weights._layers import copied
 
 Propagate = Literal["changed", "dense"]
 """What the next block is given: what this one gives with its new weights, or with its old ones."""
@@ -258,7 +259,7 @@ class _Walker:
                     found = collect(under(name, module), given, asked, forward=seen)
             new: dict[str, Tensor] = {}
             if own:
-                parts = Weights({part: self.filler.weights.node(part) for part in dict.fromkeys(own.values())})
+                parts = Weights(copied({part: self.filler.weights.node(part) for part in own.values()}))
                 empty = {key: Weights({}) for key in self.asked[index] if key not in asked}
                 block = Block(name, index, len(self.names), module, parts, {**found, **empty}, given, forward)
                 new = self.checked(block, self.visit(block))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from weightsmith.errors import Error, did_you_mean, listed, missing, told
-from weightsmith.weights import Weights
+from weightsmith.weights import Copied, Weights, materialize
 from weightsmith.weights._layers import layers_of
 
 CONFIG = "config.json"
@@ -292,7 +292,8 @@ class Filler:
             module._buffers[key] = new
 
     def _value(self, name: str, own: str, like: Tensor) -> Tensor:
-        found = self.weights[own].detach()
+        # Read, not mapped: pages of a mapped file would count as this program's memory for all of the walk.
+        found = materialize(Copied(self.weights.node(own))).detach()
         if found.shape != like.shape:
             raise Error(f"{own} {list(found.shape)} does not fit {name} {list(like.shape)} of the model. {FUSED}")
         wide = self.dtype if found.is_floating_point() else None

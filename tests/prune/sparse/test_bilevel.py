@@ -187,5 +187,12 @@ def test_wrong_optimizers_and_models_are_refused():
     with pytest.raises(Error, match="structure is one of"):
         bilevel(network(), structure="filter")
     model[0].parametrizations.weight.original.requires_grad_(False)
-    with pytest.raises(Error, match="its weight is frozen"):
+    before = model[2].bias.detach().clone()
+    with pytest.raises(Error, match=r"0\.weight is frozen"):
         bilevel_step(model, loss_of, batch(0), batch(1), lower=lower, upper=upper)
+    assert torch.equal(model[2].bias, before)
+    model[0].parametrizations.weight.original.requires_grad_(True)
+    with pytest.raises(Error, match=r"says nothing of 0\.weight"):
+        bilevel_step(
+            model, lambda module, data: module[2].weight.square().sum(), batch(0), batch(1), lower=lower, upper=upper
+        )

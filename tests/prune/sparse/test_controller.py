@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import weightsmith as ws
 from weightsmith.prune.sparse import Controller, Rule, control
-from weightsmith.prune.sparse._controller import _clear, momentum_of
+from weightsmith.prune.sparse._controller import momentum_of
 
 sparse = ws.prune.sparse
 
@@ -508,6 +508,23 @@ def test_densities():
     assert masks.info.kept == {"0.weight": 72, "2.weight": 14, "4.weight": 18}
 
 
+def test_rescaled_weights_compute_values_as_large_as_dense_ones():
+    model = net(width=64)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    masks = control(model, optimizer, sparse.static(0.75), rescale=True)
+    for name, value in model.state_dict().items():
+        if name in masks.masks:
+            mask = masks.masks[name]
+            expected = before[name] * mask * (mask.numel() / mask.sum()) ** 0.5
+            torch.testing.assert_close(value, expected)
+        else:
+            assert torch.equal(value, before[name])
+    again = copy.deepcopy(model)
+    control(again, torch.optim.SGD(again.parameters(), lr=0.1), sparse.static(), rescale=True, state=masks.state_dict())
+    assert torch.equal(again[0].weight, model[0].weight)  # what goes on is not scaled twice
+
+
 def test_given_densities_are_reached_together():
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -670,17 +687,6 @@ def test_masks_follow_a_model_that_is_moved():
         optimizer.step()
     assert masks.info.step == 3
     assert outside(model, masks) == 0
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_zeros_are_exact_whatever_was_there(dtype: torch.dtype):
-    values = torch.tensor([[1.5, -2.0, -0.0], [torch.nan, torch.inf, -torch.inf]], dtype=dtype)
-    for own in (values.clone(), values.t().contiguous().t(), values.repeat(1, 2)[:, ::2]):
-        before, out = own.clone(), torch.tensor([[False, True, False], [True, False, True]])
-        _clear(own, out)
-        assert torch.equal(own[~out], before[~out])
-        assert not own[out].any()
-        assert not own[out].signbit().any()
 
 
 def test_a_step_without_any_gradient():

@@ -159,9 +159,9 @@ def test_refilled_reaches_a_tied_weight_by_either_name():
     model[1].weight = model[0].weight
     mask = torch.eye(3)[:, :2] > 0
     for name in ("0.weight", "1.weight"):
-        made = refilled(model, {name: mask}).to_dict()
-        for other in made:
-            assert torch.equal(made[other], model[0].weight * mask)
+        for fill in ("zero", "mean"):
+            made = refilled(model, {name: mask}, fill=fill).to_dict()
+            assert all(torch.equal(value, filled(model[0].weight, mask, fill)) for value in made.values())
     with pytest.raises(Error, match="two masks"):
         refilled(model, {"0.weight": mask, "1.weight": ~mask}, fill="mean")
 

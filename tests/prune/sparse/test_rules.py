@@ -228,6 +228,10 @@ def test_when_masks_move():
     assert [s for s in range(20) if sparse.rigl(0.9, every=5, stop=13).due(s)] == [5, 10, 13]
     assert [s for s in range(20) if sparse.gmp(0.9, every=4, start=3, stop=12).due(s)] == [3, 7, 11, 12]
     assert [s for s in range(20) if sparse.granet(0.9, every=4, stop=8, last=16).due(s)] == [4, 8, 12, 16]
+    uneven = sparse.granet(0.9, every=4, stop=7, last=15)
+    assert [s for s in range(20) if uneven.due(s)] == [4, 7, 8, 12, 15]
+    assert uneven.fraction_at(7) == pytest.approx(cosine(7, 0.5, 0, 15))  # goes on after the pruning has ended
+    assert uneven.sparsity_at(7) == uneven.sparsity_at(12) == 0.9
     assert not any(sparse.static(0.9).due(s) for s in range(20))
     assert [s for s in range(9) if sparse.soft_shrinkage(0.9, stop=3).due(s)] == [1, 2, 3]
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from weightsmith.errors import FormatError
-from weightsmith.weights import Inputs, Lazy, Reduction, Scratch, Spec, single
+from weightsmith.weights import Held, Inputs, Lazy, Reduction, Scratch, Spec, single
 from weightsmith.weights._lazy import convert
 
 BLOCK = 2**16
@@ -297,6 +297,17 @@ class RowStarts:
 
     def identity(self) -> object:
         return ["row starts", self.rule, self.source.identity()]
+
+
+class Sizes(Held):
+    """The shape of a tensor as ``[axes]`` int64, or as a column ``[axes, 1]``."""
+
+    def __init__(self, shape: tuple[int, ...], column: bool = False):
+        sizes = torch.tensor(shape, dtype=torch.int64)
+        super().__init__(sizes[:, None] if column else sizes)
+
+    def identity(self) -> object:
+        return ["sizes", str(self.spec), self.tensor.tolist()]  # equal in another process: a save can be resumed
 
 
 # And back

@@ -25,13 +25,14 @@ from weightsmith.prune.formats._bits import (
     Rows,
     RowStarts,
     Rule,
+    Sizes,
     counts_of,
     counts_of_bits,
     kept,
     places,
 )
 from weightsmith.prune.room import prunable
-from weightsmith.weights import Held, Lazy, Pattern, Spec, Step, Weights, apply, as_dtype, dtype_name, open, solve_all
+from weightsmith.weights import Lazy, Pattern, Spec, Step, Weights, apply, as_dtype, dtype_name, open, solve_all
 from weightsmith.weights._files import Bytes, content_of
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ def pack(
         raise Error(next(iter(held.values())))
     if not names:
         if pattern is None:
-            raise Error(f"none of {listed(opened)} is usually pruned and fits the layout; name with pattern= what to pack")
+            raise Error(f"none of {listed(opened)} is usually pruned and fits the layout; name some with pattern=")
         raise Error(f"no tensor to pack fits {pattern=}; there are {listed(opened)}")
     rule: Rule = "2:4" if format == "sparse-24-bitmask" else "bits" if exact else "value"
     reductions = {name: counts_of(opened.node(name), rule) for name in names}
@@ -171,19 +172,19 @@ def _rows(format: str, shape: Sequence[int]) -> Rows:
 def _parts(format: str, node: Lazy, rule: Rule, begin: list[int]) -> dict[str, Lazy]:
     """The tensors that stand for one, by their endings."""
     shape, rows = node.spec.shape, _rows(format, node.spec.shape)
-    sizes = torch.tensor(shape, dtype=torch.int64)
     if format == "bitmask":
         bits = Bits(node, rule, rows, (-(-rows.total // 8),))
-        return {"_compressed": Kept(node, rule, begin), "_bitmask": bits, "_shape": Held(sizes)}
+        return {"_compressed": Kept(node, rule, begin), "_bitmask": bits, "_shape": Sizes(shape)}
     bits = Bits(node, rule, rows, (*shape[:-1], -(-shape[-1] // 8)))
     if format == "sparse-24-bitmask":
-        return {".compressed": KeptOfFour(node), ".bitmask": bits, ".shape": Held(sizes.reshape(-1, 1))}
+        return {".compressed": KeptOfFour(node), ".bitmask": bits, ".shape": Sizes(shape, column=True)}
+    starts: Lazy
     if len(shape) == 2:
         starts = RowStarts(node, rule, begin)
-        return {".compressed": Kept(node, rule, begin), ".bitmask": bits, ".shape": Held(sizes), ".row_offsets": starts}
-    told = {"rule": rule, "dtype": dtype_name(node.spec.dtype)}
-    offsets = apply(_row_offsets, node, unit="tensor", spec=Spec(shape[:-1], torch.int64), options=told)
-    return {".compressed": Kept(node, rule, begin), ".bitmask": bits, ".shape": Held(sizes), ".row_offsets": offsets}
+    else:
+        told = {"rule": rule, "dtype": dtype_name(node.spec.dtype)}
+        starts = apply(_row_offsets, node, unit="tensor", spec=Spec(shape[:-1], torch.int64), options=told)
+    return {".compressed": Kept(node, rule, begin), ".bitmask": bits, ".shape": Sizes(shape), ".row_offsets": starts}
 
 
 def _row_offsets(tensor: Tensor, *, rule: Rule, dtype: str) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from weightsmith.card import card
 from weightsmith.errors import Error
 from weightsmith.prune._select import kept_of_groups
-from weightsmith.prune.repair._parts import Budget, chosen, lowest, posed
+from weightsmith.prune.repair._parts import Budget, Problem, chosen, lowest, posed
 from weightsmith.solve import cholesky
 
 
@@ -76,6 +76,24 @@ def admm(
             f"{choosing=}, {rho=}, {damp=}"
         )
     problem = posed("admm", weight, gram, mask, sparsity, damp=0.0, shrink=shrink, chooses=True)
+    keep: Any = problem.mask
+    budget, dead = problem.budget, problem.dead
+    now, wanted, inverse, norm = _brought_to_norm_one(problem, rho, damp)
+    del problem  # and its matrix
+    apart: Tensor = torch.zeros_like(now)
+    for step in range(steps):
+        both = now.add_(apart)
+        if budget is not None and (step < choosing or keep is None):
+            score = both.abs().masked_fill_(dead, 0)
+            keep = ramped(score, budget, (step + 1) / choosing if choosing else 1.0)
+            del score
+        apart.copy_(both).masked_fill_(keep, 0)
+        now = (both.sub_(apart, alpha=2).mul_(rho).add_(wanted)) @ inverse  # both - 2 apart is Z - U
+    return now.add_(apart).masked_fill_(~keep, 0).div_(norm).to(weight.dtype)
+
+
+def _brought_to_norm_one(problem: Problem, rho: float, damp: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The weights, their product with the matrix, the inverse of what all steps share, and the norms of the inputs."""
     norm = problem.matrix.diagonal().sqrt()
     matrix = problem.matrix.div_(norm).div_(norm[:, None])
     matrix.diagonal().add_(damp)
@@ -83,18 +101,7 @@ def admm(
     now = problem.weight * norm
     wanted = (now.to(matrix.dtype) @ matrix).to(now.dtype)
     matrix.diagonal().add_(rho)
-    inverse = torch.cholesky_inverse(cholesky(matrix)).to(now.dtype)
-    del matrix
-    apart: Tensor = torch.zeros_like(now)
-    keep: Any = problem.mask
-    for step in range(steps):
-        both = now + apart
-        if problem.budget is not None and (step < choosing or keep is None):
-            score = both.abs().masked_fill_(problem.dead, 0)
-            keep = ramped(score, problem.budget, (step + 1) / choosing if choosing else 1.0)
-        apart = both.masked_fill(keep, 0)
-        now = (both.sub_(apart, alpha=2).mul_(rho).add_(wanted)) @ inverse  # both - 2 apart is Z - U
-    return (now + apart).masked_fill_(~keep, 0).div_(norm).to(weight.dtype)
+    return now, wanted, torch.cholesky_inverse(cholesky(matrix)).to(now.dtype), norm
 
 
 def ramped(score: Tensor, budget: Budget, progress: float) -> Tensor:

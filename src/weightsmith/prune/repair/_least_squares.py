@@ -63,8 +63,9 @@ def least_squares(
     if steps < 1:
         raise Error(f"least_squares needs at least 1 step, got {steps}")
     problem = posed("least_squares", weight, gram, mask, damp=damp, shrink=shrink)
-    keep = problem.kept()
+    before, keep = problem.weight, problem.kept()
     if exact:
-        return masked_least_squares(problem.weight, problem.matrix, keep).to(weight.dtype)
-    matrix = problem.matrix.to(problem.weight.dtype)
-    return masked_conjugate_gradients(problem.weight, matrix, keep, steps=steps).to(weight.dtype)
+        return masked_least_squares(before, problem.matrix, keep).to(weight.dtype)
+    matrix = problem.matrix.to(before.dtype)
+    del problem  # and its matrix
+    return masked_conjugate_gradients(before, matrix, keep, steps=steps).to(weight.dtype)

@@ -72,7 +72,7 @@ def posed(
         weight.to(torch.promote_types(weight.dtype, torch.float32)),
         steadied(full, damp=damp, shrink=shrink),
         full.diagonal() <= 0,
-        mask,
+        None if mask is None else mask.to(weight.device),
         None if sparsity is None else budget_of(sparsity, weight.shape[1], method),
     )
 

@@ -61,13 +61,15 @@ def sparsegpt(
     tensor([[0.0000, 1.5000]])
     """
     problem = posed("sparsegpt", weight, gram, mask, sparsity, damp=damp, shrink=shrink, chooses=True)
-    factor = inverse_factor(problem.matrix).to(problem.weight.dtype)
+    before = problem.weight
+    factor = inverse_factor(problem.matrix).to(before.dtype)
     if problem.mask is not None:
         begin, width = _given(problem.mask), block
     else:
         worth = factor.diagonal().square().reciprocal().masked_fill(problem.dead, 0)[:, None]
         begin, width = _choosing(worth, problem.budget or 0.0, len(weight), block)
-    return column_loop(problem.weight, factor, begin, block=width).to(weight.dtype)
+    del problem  # and its matrix
+    return column_loop(before, factor, begin, block=width).to(weight.dtype)
 
 
 def _given(mask: Tensor) -> Begin:

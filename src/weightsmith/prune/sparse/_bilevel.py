@@ -115,7 +115,8 @@ def bilevel_step(
         The losses before the lower and before the upper step.
 
     Raises:
-        Error: the module has no such masks, or an optimizer lacks or shares what it should learn.
+        Error: the module has no such masks, an optimizer lacks or shares what it should learn, or a weight that is
+            masked is frozen or plays no part in the loss.
     """
     masks = standing(module, Scored)
     if not masks:
@@ -132,6 +133,8 @@ def bilevel_step(
             "bilevel_step: the weights under the masks, and no scores, belong in the lower optimizer; it "
             + (f"lacks {listed(lacking)}" if lacking else "has scores")
         )
+    if still := [name for name, weight in weights.items() if not weight.requires_grad]:
+        raise Error(f"bilevel_step: {listed(still)} is frozen; weights under the masks need gradients")
     lower.zero_grad()
     before = loss(module, lower_batch)
     before.backward()
@@ -144,7 +147,7 @@ def bilevel_step(
     for name, made in masks.items():
         weight = weights[name]
         if made.score.grad is None or weight.grad is None:
-            raise Error(f"bilevel_step: the loss says nothing of {name}, or its weight is frozen")
+            raise Error(f"bilevel_step: the loss says nothing of {name}; leave it out of bilevel with pattern=")
         # The score's gradient is weight * g, the weight's is mask * g; of a mask of zeros and ones mask * g^2 is the
         # square of the second.
         made.score.grad.sub_(weight.grad.to(made.score.dtype).square(), alpha=1 / gamma)

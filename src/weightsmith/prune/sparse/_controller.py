@@ -30,8 +30,6 @@ Densities = Literal["erk", "uniform"] | Mapping[str, float]
 SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg", "sum", "step_size")
 """What optimizers divide by: a new weight begins with the mean of the others; from zero its steps would be huge."""
 
-_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-
 
 @dataclass(frozen=True)
 class Info:
@@ -57,6 +55,7 @@ def control(
     masks: Mapping[str, Tensor] | None = None,
     pattern: Pattern | None = None,
     seed: int = 0,
+    rescale: bool = False,
     state: Mapping[str, Any] | None = None,
 ) -> Controller:
     """Let a rule of sparse training stand on an optimizer; ``loss.backward(); optimizer.step()`` stay as they are.
@@ -70,8 +69,9 @@ def control(
     ``weightsmith.prune.sparse.callbacks``. A copy (``copy.deepcopy``) of the three together goes its own way; without
     the controller the copy of an optimizer has no masks.
 
-    A byte a weight is held, and a step takes up to 9 more for the largest tensor; a change of the masks takes 12 (for
-    all tensors, of scope ``"global"``), and a copy of the gradients if the rule asks for them.
+    A byte a weight is held, and a step passes over gradients and weights once more. A change of the masks takes 12
+    bytes a weight of the largest tensor (of all, of scope ``"global"``), and a copy of the gradients if the rule asks
+    for them.
 
     Args:
         model: trained by ``optimizer``; its weights outside the masks are set to zero at once. Names are those of the
@@ -84,9 +84,12 @@ def control(
         masks: boolean, to begin with, instead of random ones; also `Weights`. For a model that is trained already:
             ``ws.prune.magnitude(model, 0.9, action="mask")``.
         pattern: which parameters; by default matrices and convolutions, but not embeddings and heads
-            (`weightsmith.prune.prunable`), of those that the optimizer trains (frozen ones are not), or those of
+            (`weightsmith.prune.prunable`, by their usual names), of those that the optimizer trains, or those of
             ``masks`` or of densities by tensor. Tied ones count once.
         seed: of random masks and of random growth; the same in all processes.
+        rescale: divide weights that are there at the start by the root of their tensor's density, so that values are
+            about as large as in the dense network. For fresh weights: without it, or layers that normalise, a network
+            that begins very sparse may learn next to nothing.
         state: of `Controller.state_dict`, to go on from; weights are then as they were and nothing is drawn.
 
     Returns:
@@ -123,6 +126,8 @@ def control(
         made.load_state_dict(state)
     else:
         made.set_masks(made.first_masks() if masks is None else masks)
+        if rescale:
+            made.rescale()
     made.attach()
     return made
 
@@ -238,7 +243,7 @@ class Controller:
             if keep and (name not in self._gradients or bool((own[out] != 0).any())):
                 self._gradients[name] = gradient.detach().clone()
             if not (rule.dense_momentum or rule.soft(next_step)):
-                _clear(own, out)
+                own.masked_fill_(out, 0)
 
     def first_masks(self) -> dict[str, Tensor]:
         """Random masks with exactly as many weights as the rule begins with."""
@@ -269,6 +274,13 @@ class Controller:
         if not self.rule.soft(self.step):
             self._hold(1.0)
         self._tell(dict.fromkeys(self._parameters, 0), dict.fromkeys(self._parameters, 0))
+
+    @torch.no_grad()
+    def rescale(self) -> None:
+        """Divide the weights of each tensor by the root of its density; `control` does, with ``rescale=True``."""
+        for name, count in self.info.kept.items():
+            if count:
+                self._parameters[name].mul_(math.sqrt(self._parameters[name].numel() / count))
 
     # What the hooks do
 
@@ -312,7 +324,7 @@ class Controller:
         for name, parameter in self._parameters.items():
             own, out = local(parameter.detach()), self._out_of(name)
             if amount >= 1:
-                _clear(own, out)
+                own.masked_fill_(out, 0)
             else:
                 own.copy_(torch.where(out, own * (1 - amount), own))
 
@@ -384,15 +396,6 @@ class _Whole(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._tensors)
-
-
-def _clear(own: Tensor, out: Tensor) -> None:
-    """Zeros where ``out`` is true, also instead of NaN; on CPUs bit by bit, four times as fast as ``masked_fill_``."""
-    kind = _INTEGERS.get(own.element_size()) if own.device.type == "cpu" and own.dtype.is_floating_point else None
-    if kind is None:
-        own.masked_fill_(out, 0)
-    else:
-        own.view(kind).bitwise_and_(out.view(torch.int8) - 1)  # True: no bit stays; False: -1, all stay
 
 
 def _sharded(tensor: Tensor) -> bool:
