@@ -151,6 +151,8 @@ class Catalogue:
 
     def __init__(self, package: Path = PACKAGE):
         self.package = package
+        self._lifts: dict[str, dict[str, dict[str, str]]] = {}
+        self._leading: dict[str, tuple[Parameter, ...]] = {}
         around = package.parent.parent
         self.checkout = around if (around / "pyproject.toml").exists() else None
 
@@ -205,15 +207,29 @@ class Catalogue:
 
     def lifted(self, room: str) -> set[str]:
         """The methods that a room's ``__init__`` makes with ``name = lift(...)``."""
-        body = _parsed(self._folder(room) / "__init__.py").body
-        assigned = ((_targets(node), getattr(node, "value", None)) for node in body)
-        return {name for names, value in assigned if _is_call(value, "lift") for name in names}
+        return set(self._lifted(room))
 
-    def leading(self, room: str) -> tuple[Parameter, ...]:
-        """What all lifted methods of a room take first: ``_PARAMETERS`` of its ``room.py``."""
-        written = _assigned(_parsed(self._folder(room) / "room.py"), "_PARAMETERS")
-        entries = written.elts if isinstance(written, ast.Tuple) else []
-        return tuple(_written_parameter(entry) for entry in entries if isinstance(entry, ast.Call))
+    def _lifted(self, room: str) -> dict[str, dict[str, str]]:
+        """The same, with the defaults that ``lift(..., option=default)`` gives to what the room adds."""
+        if room not in self._lifts:
+            self._lifts[room] = {}
+            for node in _parsed(self._folder(room) / "__init__.py").body:
+                value = getattr(node, "value", None)
+                if isinstance(value, ast.Call) and _is_call(value, "lift"):
+                    defaults = {str(k.arg): ast.unparse(k.value) for k in value.keywords}
+                    self._lifts[room] |= dict.fromkeys(_targets(node), defaults)
+        return self._lifts[room]
+
+    def leading(self, room: str, name: str = "") -> tuple[Parameter, ...]:
+        """What a room's lifted methods take first: ``_PARAMETERS`` of its ``room.py``; of one with its defaults."""
+        if room not in self._leading:
+            written = _assigned(_parsed(self._folder(room) / "room.py"), "_PARAMETERS")
+            entries = written.elts if isinstance(written, ast.Tuple) else []
+            self._leading[room] = tuple(_written_parameter(entry) for entry in entries if isinstance(entry, ast.Call))
+        defaults = self._lifted(room).get(name, {})
+        return tuple(
+            dataclasses.replace(p, default=defaults[p.name]) if p.name in defaults else p for p in self._leading[room]
+        )
 
     def about(self, room: str) -> tuple[str, str]:
         """The docstring of a room, and that of the ``lift`` through which all its methods are called."""
@@ -253,7 +269,8 @@ class Catalogue:
         for node in _parsed(file).body:
             if isinstance(node, ast.FunctionDef) and (card := _card(node)) is not None:
                 room = self._room(file)
-                yield _method(node, card, room, place, self.leading(room) if node.name in self.lifted(room) else None)
+                lifted = node.name in self._lifted(room)
+                yield _method(node, card, room, place, self.leading(room, node.name) if lifted else None)
 
     def _evidence(self, paper: Paper) -> Evidence:
         methods = tuple(method for method in self.methods if paper.key in method.covers)

@@ -59,6 +59,32 @@ def test_layers_go_and_then_units(run, llama: Path):
     assert told["after"]["parameters"] < 0.9 * told["before"]["parameters"]
 
 
+def test_healed_it_says_more_of_what_the_whole_model_says(run, llama: Path):
+    folder = llama.parent
+    told, outputs = {}, {}
+    for steps in (0, 30):
+        status, out, err = run("cut", llama, "-o", folder / f"small{steps}", "--keep", 0.7, "--json", "--heal", steps,
+                               "--calibrate", folder / "near.txt", "--samples", 6, "--length", 32)  # fmt: skip
+        assert status == 0, err
+        told[steps], outputs[steps] = json.loads(out)["cut"], ws.open(folder / f"small{steps}")
+    assert told[30].pop("healed") == {"steps": 30, "stages": ["blocks", "all"]}
+    assert told[30] == told[0]
+    assert {name: outputs[30].spec(name) for name in outputs[30]} == {n: outputs[0].spec(n) for n in outputs[0]}
+    report = ws.inspect.language({f"{steps}": weights for steps, weights in outputs.items()},
+                                 [str(folder / "near.txt")], ws.open(llama), windows=4, length=32)  # fmt: skip
+    off = {row["model"]: row["KL"] for row in report.rows()}
+    assert off["30"] < 0.9 * off["0"]
+
+
+def test_healing_fewer_layers_leaves_the_blocks_out_and_says_so(run, llama: Path):
+    folder = llama.parent
+    status, out, err = run("cut", llama, "-o", folder / "small", "--layers", 2, "--heal", 1,
+                           "--calibrate", folder / "near.txt", "--samples", 2, "--length", 16)  # fmt: skip
+    assert status == 0, err
+    assert "the model has 2 and the teacher 3" in err
+    assert "healed: 1 steps of the whole" in out
+
+
 def test_what_the_config_ties_together_stays(run, tmp_path: Path):
     """GPT-2 has one number for the stream and for all heads: neurons go, and heads are refused before long work."""
     transformers = pytest.importorskip("transformers", reason="builds Hugging Face models")
@@ -96,6 +122,7 @@ def test_a_network_with_its_graph(run, tmp_path: Path):
         ((), "nothing to cut"),
         (("--keep", 0.5, "--score", "taylor"), "reads a text"),
         (("--layers", 2), "reads a text"),
+        (("--keep", 0.5, "--heal", 5), "--heal trains on a text"),
         (("--keep", 0), "--keep"),
         (("--keep", 0.5, "--kind", "neuron"), "did you mean 'neurons'"),
         (("--keep", 0.01), "not possible"),

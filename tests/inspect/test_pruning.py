@@ -82,7 +82,10 @@ def test_what_does_not_fit_is_said():
         pruning({"w": normal(2, 2)}, {"w": normal(2, 2)}, stats={"v": torch.ones(2)})
     with pytest.raises(Error, match=r"stats.gram of w is \[3\], which does not fit its weight \[2, 2\]"):
         pruning({"w": normal(2, 2)}, {"w": normal(2, 2)}, stats={"w": torch.ones(3)})
-    assert pruning({"w": normal(2), "s": torch.ones(())}, {"w": normal(2), "s": torch.ones(())}, pattern="*")["matrices"] == 1
+    assert (
+        pruning({"w": normal(2), "s": torch.ones(())}, {"w": normal(2), "s": torch.ones(())}, pattern="*")["matrices"]
+        == 1
+    )
     with pytest.raises(Error, match="no matrix to look at"):
         pruning({"w": normal(2)}, {"w": normal(2)})
 

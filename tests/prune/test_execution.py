@@ -290,6 +290,26 @@ def test_settings_of_the_measurement():
             break_even((8, 8), **options)
 
 
+def test_random_weights_lie_in_the_blocks_of_the_layout():
+    scattered, blocks = (_execution._pruned((32, 20), 0.9, layout, 0) for layout in ("scattered", "8x1"))
+    assert int(scattered.count_nonzero()) == int(blocks.count_nonzero()) == 64
+    assert sparse_form(blocks, "8x1").stored() < sparse_form(scattered, "8x1").stored()
+    assert int((blocks != 0).view(4, 8, 20).any(dim=1).sum()) == 8  # of eight entries each
+
+
+def test_what_the_kernels_of_graphics_cards_take():
+    weight = torch.ones(32, 64)
+    weight.view(-1, 4)[:, 1:3] = 0
+    takes = _execution._is_two_of_four
+    assert takes(weight.half())
+    assert takes(weight.bfloat16())
+    assert not takes(weight)
+    assert not takes(weight[:16].half())
+    assert not takes(weight[:, :32].half())
+    weight[31, 61] = 1.0  # three of the last four
+    assert not takes(weight.half())
+
+
 def test_two_of_four_needs_a_graphics_card():
     with pytest.raises(Error, match=r"compute capability.*cpu"):
         to_semi_structured(nn.Sequential(nn.Linear(64, 32)))

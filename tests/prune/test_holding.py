@@ -109,15 +109,19 @@ def test_masks_of_one_tied_parameter():
 
 
 def test_nothing_is_left_behind_whoever_stops():
-    from torch.optim import optimizer as registry
+    from torch.optim.optimizer import _global_optimizer_post_hooks as hooks
 
-    hooks = registry._global_optimizer_post_hooks
     before = len(hooks)
     model = net()
     other = nn.Parameter(torch.ones(3))
-    with pytest.raises(KeyboardInterrupt), holding(model, some(model)):
-        assert len(hooks) == before + 1
-        raise KeyboardInterrupt
+
+    def stopped() -> None:
+        with holding(model, some(model)):
+            assert len(hooks) == before + 1
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped()
     assert len(hooks) == before
     assert all(not p._backward_hooks for p in model.parameters())
     with holding(model, some(model)), holding(net(), {}):  # one inside another; an optimizer that knows neither

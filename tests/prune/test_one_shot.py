@@ -77,10 +77,13 @@ def test_the_seed_reaches_who_draws(data):
         assert same(found, prune.random(weights, 0.5, seed=seed))
 
 
-def shares_of(name: str, score: str, weights: ws.Weights, model: nn.Module, batches: list[Any]) -> dict[str, float]:
+def shares_of(
+    name: str, score: str, weights: ws.Weights, model: nn.Module, batches: list[Any], pattern: str | None = None
+) -> dict[str, float]:
     """An allocation with the statistics of the whole dense model, not block by block."""
     method = getattr(allocation, name)
-    grams = stats.gram(model, batches, pattern=prune.prunable(weights))
+    names = prune.prunable(weights) if pattern is None else weights.names(pattern)
+    grams = stats.gram(model, batches, pattern=names)
     energies = {n: gram.diagonal() for n, gram in grams.items()}
     if name == "owl":
         return method(weights, 0.6, stats=energies)
@@ -88,9 +91,12 @@ def shares_of(name: str, score: str, weights: ws.Weights, model: nn.Module, batc
         return method(weights, 0.6)
     told: Any = {"wanda": energies, "obs": grams}.get(score)
     if score == "snip":
-        told = stats.gradients(model, batches, pattern=prune.prunable(weights))
-    own = functools.partial(getattr(prune, score), scope="tensor", **({} if told is None else {"stats": told}))
-    return method(allocation.gram_curves(weights, stats=grams if score == "obs" else energies, method=own), 0.6)
+        told = stats.gradients(model, batches, pattern=names)
+    own = functools.partial(
+        getattr(prune, score), scope="tensor", pattern="*", **({} if told is None else {"stats": told})
+    )
+    known = grams if score == "obs" else energies
+    return method(allocation.gram_curves(weights, stats=known, method=own, pattern=names), 0.6)
 
 
 USABLE = ("distortion", "erk", "global_magnitude", "lagrangian", "lamp", "owl", "uniform")
@@ -111,11 +117,13 @@ def test_allocations_by_name(data, name: str):
 @pytest.mark.parametrize("score", ["wanda", "obs", "snip"])
 def test_curves_are_those_of_the_score(data, score: str):
     weights, model, batches = data
-    expected = shares_of("lagrangian", score, weights, model, batches)
-    found = one_shot(weights, 0.6, calibrate=batches, score=score, allocate="lagrangian", scope="tensor")
+    mlp = "*layers.0.mlp*"
+    expected = shares_of("lagrangian", score, weights, model, batches, mlp)
+    options: dict[str, Any] = {"score": score, "allocate": "lagrangian", "scope": "tensor", "pattern": mlp}
+    found = one_shot(weights, 0.6, calibrate=batches, **options)
     for one, share in expected.items():
         assert abs(zeros(found, one) - share * weights.spec(one).numel) <= 0.75
-    by_magnitude = shares_of("lagrangian", "magnitude", weights, model, batches)
+    by_magnitude = shares_of("lagrangian", "magnitude", weights, model, batches, mlp)
     assert by_magnitude != pytest.approx(expected, abs=0.02)
 
 
@@ -197,14 +205,14 @@ def never() -> Iterator[Tensor]:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"score": "wnda"}, "score is one of lamp, magnitude, .* did you mean 'wanda'"),
+        ({"score": "wnda"}, "score is one of lamp, magnitude, .*did you mean 'wanda'"),
         ({"score": "controls"}, "score='controls': it is not a score of single weights"),
-        ({"repair": "admmm"}, "repair is one of admm, least_squares, sparsegpt; .* did you mean 'admm'"),
+        ({"repair": "admmm"}, "repair is one of admm, least_squares, sparsegpt; .*did you mean 'admm'"),
         ({"repair": "heal"}, "repair='heal': it does not repair layer by layer"),
         ({"score": None}, "needs a score, or a repair that chooses"),
         ({"score": None, "repair": "least_squares"}, "least_squares does not choose what to remove"),
         ({"score": None, "repair": "sparsegpt", "scope": "row"}, "are of scores"),
-        ({"allocate": "erkk"}, "allocate is one of distortion, .* did you mean 'erk'"),
+        ({"allocate": "erkk"}, "allocate is one of distortion, .*did you mean 'erk'"),
         *[({"allocate": n}, f"allocate='{n}': it asks for more") for n in sorted({*allocation.METHODS} - {*USABLE})],
         ({"allocate": "erk", "sparsity": "2:4"}, "allocate='erk' shares one number among the tensors"),
         ({"allocate": "erk", "sparsity": {"*": 0.5}}, "allocate='erk' shares one number among the tensors"),

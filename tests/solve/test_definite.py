@@ -68,3 +68,15 @@ def test_the_factor_of_the_inverse_is_its_cholesky_factor():
     factor = inverse_factor(matrix)
     torch.testing.assert_close(factor, torch.linalg.cholesky(torch.linalg.inv(matrix)).mT)
     assert torch.equal(factor, factor.triu())
+
+
+def test_nothing_of_a_given_matrix_is_changed_and_its_order_of_memory_does_not_matter():
+    matrix = gram(30, 7)
+    before = matrix.clone()
+    found = inverse_factor(matrix)
+    assert torch.equal(matrix, before)
+    assert found.is_contiguous()
+    assert torch.equal(inverse_factor(matrix.T.contiguous().T), found)
+    assert inverse_factor(torch.zeros(0, 0)).shape == (0, 0)
+    with pytest.raises(Error, match="NaN"):
+        steadied(torch.tensor([[1.0, torch.inf], [0.0, 1.0]]))

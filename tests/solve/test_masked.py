@@ -70,3 +70,18 @@ def test_edges(solver: object):
         weight, mask = torch.ones(rows, inputs), torch.ones(rows, inputs, dtype=torch.bool)
         assert torch.equal(solver(weight, torch.eye(inputs), mask), weight)
         assert torch.equal(solver(weight, torch.eye(inputs), ~mask), torch.zeros(rows, inputs))
+
+
+def test_a_direction_that_the_matrix_says_nothing_of_is_not_followed():
+    off = 1 + 1e-6  # indefinite within rounding: along (1, -1) the square is -2e-6
+    matrix = torch.tensor([[1.0, off, 0.5], [off, 1.0, -0.5], [0.5, -0.5, 1.0]])
+    weight, mask = torch.ones(1, 3), torch.tensor([[True, True, False]])
+    assert torch.equal(masked_conjugate_gradients(weight, matrix, mask), weight * mask)
+
+
+def test_what_is_padded_does_not_count_where_a_matrix_is_lifted():
+    gram = 1e-13 * torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 1.0]], dtype=torch.float64)
+    mask = torch.tensor([[True, True, True], [True, False, False]])
+    found = masked_least_squares(torch.ones(2, 3), gram, mask)
+    torch.testing.assert_close(found[1], torch.tensor([2.0, 0.0, 0.0], dtype=torch.float64), rtol=1e-9, atol=0)
+    torch.testing.assert_close(found[0] @ gram, gram.sum(dim=0), rtol=1e-6, atol=0)

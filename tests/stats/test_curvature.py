@@ -152,7 +152,8 @@ def test_attention_has_second_derivatives():
             y = self.mix(x)[None, None]
             return functional.scaled_dot_product_attention(y, y, y)[0, 0]
 
-    assert joined(curvature(Attends().double(), batches(7))).isfinite().all()
+    for statistic in (curvature, hessian_gradient):
+        assert joined(statistic(Attends().double(), batches(7))).isfinite().all()
 
 
 def test_beside_gradients_in_one_pass():

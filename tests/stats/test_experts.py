@@ -11,7 +11,7 @@ from torch.nn import functional
 
 import weightsmith as ws
 from weightsmith.errors import Error
-from weightsmith.stats import ExpertGram, Gram, collect, combine, expert_gram
+from weightsmith.stats import ExpertGram, Gram, _experts, collect, combine, expert_gram
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -185,3 +185,11 @@ def test_autocast_hides_nothing(how: str):
 def test_squares_that_float32_cannot_hold_are_an_error():
     with pytest.raises(Error, match="too large to be squared in float32"):
         expert_gram(Experts().double(), [random(3, 8).double() * 1e25])
+
+
+def test_large_inputs_are_taken_a_piece_at_a_time(monkeypatch: pytest.MonkeyPatch):
+    model, data = Experts(), [random(9, 8, seed=2)]
+    monkeypatch.setattr(_experts, "AT_ONCE", 16)
+    found, expected = expert_gram(model, data), by_hand(model, data)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-4)

@@ -129,6 +129,23 @@ def test_a_parametrized_weight_has_the_gradient_of_what_it_is_made_of():
         torch.testing.assert_close(found[name], expected[name])
 
 
+@pytest.mark.parametrize("power", [1, 2])
+def test_a_batch_without_examples_counts_for_nothing(power):
+    model, given = network(), batches(5, 2)
+    empty = (given[0][0][:0], given[0][1][:0])
+    found, expected = (gradients(model, one, power=power) for one in ([given[0], empty, given[1]], given))
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name])
+
+
+def test_modes_that_switch_gradients_off():
+    model = network()
+    with torch.no_grad():
+        assert gradients(model, batches(7))["0.weight"].any()
+    with torch.inference_mode(), pytest.raises(Error, match="inference_mode"):
+        gradients(model, batches(7))
+
+
 def test_what_is_not_finite_is_an_error():
     def loss(model, batch):
         return model(batch[0]).sum() * float("nan")

@@ -56,6 +56,16 @@ def test_figures_are_those_of_a_decomposition(what):
                 assert float(values[name]) == pytest.approx(by_hand(weights[name])[word], rel=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(20, 8), (8, 20)])
+def test_a_rank_below_the_full_one(shape):
+    """What float32 leaves of the other directions does not count."""
+    generator = torch.Generator().manual_seed(0)
+    low = torch.randn(shape[0], 3, generator=generator) @ torch.randn(3, shape[1], generator=generator)
+    found = matrices({"w": low}, ("rank", "effective_rank", "stable_rank"))
+    assert float(found["rank"]["w"]) == 3
+    assert 1 < float(found["stable_rank"]["w"]) < float(found["effective_rank"]["w"]) < 3.01
+
+
 def test_chunks_and_threads_change_nothing(small_pieces):
     weights = some()
     one, several = (matrices(weights, KNOWN, threads=threads) for threads in (1, 3))

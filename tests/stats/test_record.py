@@ -93,9 +93,10 @@ def test_lines_of_json(tmp_path):
     model = network()
     recorder = Recorder(model, figures=("sparsity", "norm"), pattern="*.weight", path=tmp_path / "r.jsonl")
     recorder.step()
+    recorder.step()
     rows = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
     assert rows == recorder.rows
-    assert [list(row) for row in rows] == [["step", "tensor", "norm", "sparsity"]] * 2
+    assert [list(row) for row in rows] == [["step", "tensor", "norm", "sparsity"]] * 4
 
 
 def test_no_gradient_and_no_length_are_none():
@@ -154,6 +155,8 @@ def test_a_report():
     assert [plot.title for plot in found.plots] == [figure.capitalize() for figure in FIGURES]
     weights = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
     assert found["last norm"] == pytest.approx(float(weights.norm()), rel=1e-5)
+    last = [row["update"] for row in recorder.rows[-4:]]
+    assert found["last update"] == pytest.approx(sum(last) / 4)
     assert found["last sparsity"] == pytest.approx(float((weights == 0).double().mean()))
     assert "0.weight" in str(found)
 

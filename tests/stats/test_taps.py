@@ -78,11 +78,15 @@ def test_large_outputs_too(what: Any, of: Any, monkeypatch: pytest.MonkeyPatch):
     layer, value = nn.Linear(4, 2), random(5, 7, 4)
     mask = (random(5, 7, seed=4) > 0).long()
     value[mask == 0] = 100.0
-    batch, settings = {"x": value, "attention_mask": mask}, {"forward": lambda model, batch: model(batch["x"])}
-    whole = activations(layer, [batch], what=what, of=of, **settings)["weight"]
+    batch = {"x": value, "attention_mask": mask}
+
+    def found() -> Tensor:
+        return activations(layer, [batch], what=what, of=of, forward=lambda model, batch: model(batch["x"]))["weight"]
+
+    whole = found()
     assert float(whole.abs().max()) < 20
     monkeypatch.setattr(_taps, "AT_ONCE", 20)
-    torch.testing.assert_close(activations(layer, [batch], what=what, of=of, **settings)["weight"], whole)
+    torch.testing.assert_close(found(), whole)
 
 
 @pytest.mark.parametrize("order", [(1, 1, 1, 1), (-1, 1, 1, 1), (1, -1, 1, 1), (1, 1, -1, -1)])
@@ -97,9 +101,7 @@ def test_a_shared_total_is_copied_once_when_it_is_taken_apart(order: tuple[int, 
 
     copies = []
     copy = Store.copy
-    monkeypatch.setattr(
-        Store, "copy", lambda self, total, dtype=None: copies.append(dtype) or copy(self, total, dtype)
-    )
+    monkeypatch.setattr(Store, "copy", lambda self, total, dtype=None: copies.append(dtype) or copy(self, total, dtype))
     found = gram(Changing(), [torch.full((1, 3), float(sign)) for sign in order])
     assert copies.count(None) == (order[0] > 0 > min(order))  # the others are of the result
     assert torch.equal(found["first.weight"], torch.full((3, 3), 4.0))

@@ -13,11 +13,15 @@ from weightsmith.cli._save import check_output, save, save_options
 
 if TYPE_CHECKING:
     from weightsmith.graph import UnitGraph
+    from weightsmith.prune.repair import Stage
     from weightsmith.weights import Weights
 
 SCORES = ("l1", "l2", "taylor", "activations", "kcm", "random")
 ASKING = ("taylor", "activations", "kcm")
 """Scores that need a text."""
+
+STAGES: tuple[Stage, ...] = ("blocks", "all")
+"""Of healing: nothing has to stay zero, so all that is left can learn."""
 
 _WHAT, _WHICH, _DATA = "What is left", "Which units", "Data"
 
@@ -36,6 +40,10 @@ def command() -> click.Command:
                 "Those go whose loss would be least, and perplexities before and after are told.",
             ),
             ("weightsmith cut model/ -o small/ --layers 24 --calibrate near.txt", "Six of thirty layers go."),
+            (
+                "weightsmith cut model/ -o small/ --keep 0.7 --calibrate near.txt --heal 200 --evaluate far.txt",
+                "What is left is trained to say what the whole model says.",
+            ),
             ("weightsmith cut net.pt -o small.pt --keep 0.5 --graph graph.json", "A network of your own."),
         ],
         status=SAVING,
@@ -65,6 +73,8 @@ def command() -> click.Command:
     @option("--samples", type=click.IntRange(1), default=16, show_default=True, section=_DATA, help="Windows of it.")
     @option("--length", type=click.IntRange(2), default=256, show_default=True, section=_DATA,
             help="Tokens of a window.")  # fmt: skip
+    @option("--heal", type=click.IntRange(0), default=0, metavar="STEPS", section=_DATA,
+            help="Train what is left so long, towards the whole model, on the windows of --calibrate.")  # fmt: skip
     @option("--evaluate", "texts", type=PATH, multiple=True, metavar="TEXT", section=_DATA,
             help="Tell the perplexity before and after. Take another text than --calibrate.")  # fmt: skip
     def cut(model: str, **given: Any) -> None:
@@ -74,7 +84,7 @@ def command() -> click.Command:
         values. config.json follows, so the output loads as MODEL does; layers keep one size where the config has one
         number for them. The result is checked by loading it where transformers knows the model.
 
-        What is cut is gone: train the output for a while to heal it.
+        What is cut is gone: --heal trains what is left for a while, block by block and then as a whole.
         """
         from weightsmith import open as open_weights
 
@@ -91,7 +101,7 @@ def command() -> click.Command:
 
 _OWN = (
     "keep", "budget", "layers", "multiple", "least", "score", "scope", "kinds", "graph_file", "seed", "calibrate",
-    "samples", "length", "texts",
+    "samples", "length", "heal", "texts",
 )  # fmt: skip
 
 
@@ -107,6 +117,8 @@ def _check(given: Mapping[str, Any]) -> None:
         raise click.UsageError(f"--score {given['score']} reads a text: add --calibrate TEXT")
     if given["calibrate"] is None and given["layers"] is not None:
         raise click.UsageError("--layers reads a text to find out which matter: add --calibrate TEXT")
+    if given["calibrate"] is None and given["heal"]:
+        raise click.UsageError("--heal trains on a text: add --calibrate TEXT")
     check_output(given)
 
 
@@ -125,6 +137,7 @@ def _cut(
     calibrate: str | None,
     samples: int,
     length: int,
+    heal: int,
     texts: tuple[str, ...],
 ) -> tuple[Weights, dict[str, Any]]:
     """The smaller weights, and what there is to tell of them."""
@@ -166,6 +179,8 @@ def _cut(
         told["kept"] = cost({name: len(index) for name, index in allocation.items()}) / cost({})
         told["spaces"] = _sizes(graph, spaces, allocation)
     told["after"] = _size(after)
+    if heal:
+        after, told["healed"] = _healed(before, after, lent.model(before)[2], heal, seed)
     lent.clear()
     told["loads"] = _loads(after)
     if texts:
@@ -174,6 +189,23 @@ def _cut(
             {"text": row["text"], "model": row["model"], "perplexity": row["perplexity"]} for row in report.rows()
         ]
     return after, told
+
+
+def _healed(
+    before: Weights, after: Weights, batches: list[Any], steps: int, seed: int
+) -> tuple[Weights, dict[str, Any]]:
+    """The smaller weights, trained, and what was done; blocks one by one where they pair with the whole model's."""
+    import warnings
+
+    from weightsmith.prune.repair import heal_weights
+
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", UserWarning)
+        healed = heal_weights(after, before, batches, steps=steps, stages=STAGES, seed=seed)
+    notes = [str(one.message) for one in said if str(one.message).startswith("heal leaves")]
+    for note in notes:
+        click.echo(clean(f"note: {note}"), err=True)
+    return healed, {"steps": steps, "stages": [stage for stage in STAGES if stage != "blocks" or not notes]}
 
 
 class _Lent:
@@ -300,5 +332,8 @@ def _said(told: Mapping[str, Any], as_json: bool) -> None:
         click.echo(line)
     if "layers" in told:
         click.echo("layers kept: " + " ".join(map(str, told["layers"])))
+    if "healed" in told:
+        blocks = "each block and of " if "blocks" in told["healed"]["stages"] else ""
+        click.echo(f"healed: {told['healed']['steps']} steps of {blocks}the whole")
     if told["loads"]:
         click.echo(f"loads in transformers as {told['loads']}")

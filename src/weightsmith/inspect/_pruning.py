@@ -73,7 +73,9 @@ def pruning(
     sums = _sums(old, new, names, known, threads)
     rows = [_row(old, name, sums[name]) for name in names]
     together = {
-        word: torch.stack([sums[name][word] for name in (known if word in _OF_DATA else names)] or [torch.zeros(())]).sum()
+        word: torch.stack(
+            [sums[name][word] for name in (known if word in _OF_DATA else names)] or [torch.zeros(())]
+        ).sum()
         for word in ("zeros", "change", "energy", *_OF_DATA)
     }
     values = sum(row["values"] for row in rows)
@@ -103,7 +105,9 @@ def _said(weights: Weights, name: str) -> str:
 def _known(told: Weights, weights: Weights, names: Sequence[str]) -> dict[str, Any]:
     """What the data say of a matrix, under whichever of its names."""
     nodes = {id(weights.node(name)) for name in weights if name in told}
-    known = of_targets(told, "stats.gram", weights, [name for name in names if id(weights.node(name)) in nodes], "pruning")
+    known = of_targets(
+        told, "stats.gram", weights, [name for name in names if id(weights.node(name)) in nodes], "pruning"
+    )
     if not known:
         raise Error(f"pruning: stats say nothing of {listed(names)}; they are of {listed(told)}")
     return known

@@ -264,7 +264,8 @@ def execute(module: nn.Module, *, layout: str = "auto", least: float = 0.9, patt
     Returns:
         nn.Module: a copy in which linear layers, and convolutions along one or two axes with kernels of one position
         and without groups or padding, are `SparseLayer`, whose weights are buffers and not trained (inputs and biases
-        have gradients). Layers of a class of their own, with hooks, or parametrized ones stay: `fold` them first.
+        have gradients). Layers of a class of their own, with hooks, or parametrized ones stay: `fold` them first. It is
+        for this machine and process: what is kept is the pruned model, whose weights `weightsmith.open` can read.
 
     Raises:
         ValueError: no layer with so many zeros fits.

@@ -88,7 +88,9 @@ def checked(module: nn.Module, masks: Mapping[str, Tensor], kind: torch.dtype | 
     for name in masks:
         mask, shape = masks.spec(name) if isinstance(masks, Weights) else masks[name], parameters[name].shape
         if tuple(mask.shape) != shape or kind not in (None, mask.dtype):
-            raise Error(f"the mask of {name} is {mask.dtype} {list(mask.shape)}; needed is a boolean one of {list(shape)}")
+            raise Error(
+                f"the mask of {name} is {mask.dtype} {list(mask.shape)}; needed is a boolean one of {list(shape)}"
+            )
 
 
 def _outside(module: nn.Module, masks: Mapping[str, Tensor]) -> dict[nn.Parameter, _Out]:

@@ -101,13 +101,13 @@ class Movement:
             Error: none of the parameters has a gradient, or one is not finite; the scores are then what they were.
         """
         own = dict(self.model.named_parameters(remove_duplicate=False))
-        slopes = {name: own[name].grad for name in self.state.totals if own[name].grad is not None}
+        slopes = {name: slope for name in self.state.totals if (slope := own[name].grad) is not None}
         if not slopes:
             raise Error("movement found no gradient: call update() after backward() and before zero_grad()")
         wrong = [name for name, slope in slopes.items() if not slope.isfinite().all()]
         if wrong:
             raise Error(f"the gradients of {listed(wrong)} are not finite; skip update() on steps that overflow")
-        self.state, info = step(self.state, own, slopes)  # type: ignore[arg-type]
+        self.state, info = step(self.state, own, slopes)
         return info
 
     def scores(self) -> Weights:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from weightsmith.card import card_of
-from weightsmith.errors import Error, listed
+from weightsmith.errors import Error, did_you_mean, listed
 from weightsmith.lifting import dressed, example, per_tensor_options, sole, staged, tried
 from weightsmith.prune._select import kept_of_groups, pattern_of, pooled, spread, whole_of
 from weightsmith.solve import Cut, cut_at, kept
@@ -229,7 +229,7 @@ def _fits(own: tuple[int, ...], shape: tuple[int, ...], statistic: str) -> bool:
 
 
 def prunable(weights: Weights) -> list[str]:
-    """Matrices and convolutions, but not embeddings and the head: what is usually pruned."""
+    """Matrices and convolutions, but not embeddings and the head, as language models usually name them."""
     ties = weights.ties
     return [
         name
@@ -386,17 +386,26 @@ def apply_mask(weights: Source, mask: Weights) -> Weights:
     tensor([1., 0.])
     """
     opened = open(weights)
-    ties = opened.ties
+    return acted(opened, masks_for(opened, open(mask)), "zero", "prune.apply_mask", {})
+
+
+def masks_for(weights: Weights, mask: Weights) -> dict[str, Lazy]:
+    """Tensor -> its boolean mask, by the first name of what is tied; an error for one that fits no tensor."""
+    ties = weights.ties
     masks: dict[str, Lazy] = {}
     for name in mask:
-        if name not in opened or opened.spec(name).shape != mask.spec(name).shape:
-            raise Error(f"the mask of {name} fits no tensor of that name and shape {list(mask.spec(name).shape)}")
-        if mask.spec(name).dtype != torch.bool:
-            raise Error(f"the mask of {name} is {mask.spec(name)}; a mask is boolean, such as mask_of(...) makes")
+        spec = mask.spec(name)
+        if name not in weights or weights.spec(name).shape != spec.shape:
+            there = (
+                f"; its weight is {list(weights.spec(name).shape)}" if name in weights else did_you_mean(name, weights)
+            )
+            raise Error(f"the mask of {name} fits no tensor of that name and shape {list(spec.shape)}{there}")
+        if spec.dtype != torch.bool:
+            raise Error(f"the mask of {name} is {spec}; a mask is boolean, such as mask_of(...) makes")
         first = ties.get(name, name)
         if masks.setdefault(first, mask.node(name)) is not mask.node(name):
             raise Error(f"{name} and {first} are one tensor, but have two masks")
-    return acted(opened, masks, "zero", "prune.apply_mask", {})
+    return masks
 
 
 def mask_of(weights: Source, pattern: Pattern | None = None) -> Weights:

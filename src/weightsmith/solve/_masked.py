@@ -28,7 +28,7 @@ def masked_least_squares(weight: Tensor, matrix: Tensor, mask: Tensor) -> Tensor
 
     Returns:
         ``[rows, n]`` in the dtype of ``matrix``, zero where the mask is false. Time grows with rows times the cube of
-        the unknowns of a row; twice `BYTES` are held for small matrices and their factors, or what those of one row take.
+        the unknowns of a row; twice `BYTES` are held for small matrices and their factors, or what one row takes.
 
     >>> matrix = torch.tensor([[2.0, 1.0], [1.0, 2.0]])
     >>> masked_least_squares(torch.tensor([[1.0, 1.0]]), matrix, torch.tensor([[True, False]]))
@@ -74,16 +74,17 @@ def masked_conjugate_gradients(
         tolerance: the share.
 
     Returns:
-        ``[rows, n]`` in the dtype of ``matrix``, zero where the mask is false. Five times the weight is held, at first six times.
+        ``[rows, n]`` in the dtype of ``matrix``, zero where the mask is false. Five times the weight is held.
 
     >>> matrix = torch.tensor([[2.0, 1.0], [1.0, 2.0]])
     >>> masked_conjugate_gradients(torch.tensor([[1.0, 1.0]]), matrix, torch.tensor([[True, False]]))
     tensor([[1.5000, 0.0000]])
     """
     weight, diagonal = weight.to(matrix.dtype), matrix.diagonal()
-    found = weight * mask
-    left = ((weight - found) @ matrix).mul_(mask)  # minus half the slope
-    scale = mask / diagonal
+    gone = ~mask
+    found = weight.masked_fill(gone, 0)
+    left = ((weight - found) @ matrix).masked_fill_(gone, 0)  # minus half the slope
+    scale = torch.where(mask, diagonal.reciprocal(), 0)
     lead = left * scale
     energy = torch.linalg.vecdot(left, lead)
     enough, least = energy * tolerance**2, torch.finfo(matrix.dtype).tiny
@@ -93,7 +94,7 @@ def masked_conjugate_gradients(
     for _ in range(steps):
         if not bool(working.any()):
             break
-        torch.mm(lead, matrix, out=across).mul_(mask)
+        torch.mm(lead, matrix, out=across).masked_fill_(gone, 0)
         bend = torch.linalg.vecdot(lead, across)
         working &= bend > blind * length
         step = (energy / bend).where(working, 0)[:, None]

@@ -50,8 +50,8 @@ def activations(
         forward: ``(model, batch) -> logits``, where the default does not fit.
 
     Returns:
-        Weights: float32 under the name of each weight, of calls summed in float64: ``[in]``, of a convolution one number for
-        each channel and place of the kernel; or ``[out]``. The layers are those of `gram`.
+        Weights: float32 under the name of each weight, calls summed in float64: ``[in]``, of a convolution one number
+        for each channel and place of the kernel; or ``[out]``. The layers are those of `gram`.
 
     Raises:
         ValueError: another ``what`` or ``of``, no batch, no layer that fits, or activations that are not finite.

@@ -87,6 +87,8 @@ class Leaves:
     """Parameters that fit a pattern, each tied one once, as leaves of their own: the model's stay as they are."""
 
     def __init__(self, model: nn.Module, pattern: Pattern):
+        if torch.is_inference_mode_enabled():
+            raise Error("derivatives cannot be taken under torch.inference_mode(); torch.no_grad() does no harm")
         every = dict(model.named_parameters(remove_duplicate=False))
         able = {name: parameter for name, parameter in every.items() if parameter.is_floating_point()}
         chosen = {name: parameter for name, parameter in able.items() if matches(pattern, name)}

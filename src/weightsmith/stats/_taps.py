@@ -437,7 +437,8 @@ class _Pass:
                 self.flush()
                 with apart(value):
                     counts = self.counted.rows(name, layer, value)
-                    self.key, self.found = (weakref.ref(value), *key), self._of(name, input_parts(layer, value.detach(), counts))
+                    self.key = (weakref.ref(value), *key)  # which keeps no input alive
+                    self.found = self._of(name, input_parts(layer, value.detach(), counts))
             self.names.add(name)
 
         return see

@@ -89,7 +89,9 @@ def test_sizes_that_share_no_divisor():
     for seed in range(5):
         chance = random.Random(seed)
         base = curves(seed)
-        found = Curves(base.levels, base.harms, {"a": 10007, "b": 997 * chance.randint(1, 9), "c": chance.randint(1, 5)})
+        found = Curves(
+            base.levels, base.harms, {"a": 10007, "b": 997 * chance.randint(1, 9), "c": chance.randint(1, 5)}
+        )
         for sparsity in (0.123, 0.5, 0.987):
             shares = distortion(found, sparsity)
             assert removed(found, shares) == pytest.approx(sparsity, abs=1e-12)
@@ -98,7 +100,7 @@ def test_sizes_that_share_no_divisor():
 
 def test_one_tensor_and_one_of_no_elements():
     alone = Curves((0.0, 0.5, 1.0), {"a": torch.tensor([0.0, 1.0, 3.0])}, {"a": 10})
-    empty = Curves(alone.levels, alone.harms | {"e": torch.zeros(3)}, {"a": 10, "e": 0})
+    empty = Curves(alone.levels, dict(alone.harms) | {"e": torch.zeros(3)}, {"a": 10, "e": 0})
     for method in (distortion, lagrangian):
         assert method(alone, 0.7) == pytest.approx({"a": 0.7})
         assert method(empty, 0.7)["a"] == pytest.approx(0.7)

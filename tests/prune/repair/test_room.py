@@ -128,6 +128,12 @@ def test_called_with_tensors_it_is_the_kernel():
         ("admm", {"sparsity": 0.5, "rho": 0.0}, "admm needs"),
         ("admm", {"sparsity": 0.5, "sharpness": 1}, "no option 'sharpness'"),
         ("sparsegpt", {"sparsity": 0.5, "damp": -1.0}, "damp must be"),
+        ("sparsegpt", {"mask": {"3.bias": torch.ones(8).bool()}}, "repairs are of matrices"),
+        (
+            "admm",
+            {"sparsity": 0.5, "stats": {n: torch.ones(k) for n, k in zip(NAMES, (18, 36, 8), strict=True)}},
+            "of 0.weight stats hold only the diagonal",
+        ),
         ("sparsegpt", {"mask": {}}, "at least 1 tensor"),
         ("sparsegpt", {"mask": {"3.wight": torch.ones(8, 36).bool()}}, "did you mean '3.weight'"),
         ("sparsegpt", {"mask": {"3.weight": torch.ones(36, 8).bool()}}, "its weight is"),

@@ -190,13 +190,32 @@ def test_what_grew_learns_and_starts_with_clean_momentum():
     assert moved > 0
 
 
-def test_sparse_momentum_sees_dense_momentum():
+def test_momentum_from_before_is_forgotten_where_weights_go_or_come():
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    run(model, optimizer, range(3))
+    masks = control(model, optimizer, sparse.rigl(0.8, every=2, stop=8, fraction=0.5))
+    before = masks.masks.to_dict()
+    run(model, optimizer, range(3, 5))
+    parameters, grown = dict(model.named_parameters()), 0
+    for name, mask in masks.masks.items():
+        stayed = mask & before[name]
+        grown += int((mask & ~before[name]).sum())
+        momentum = optimizer.state[parameters[name]]["momentum_buffer"]
+        assert momentum[stayed].any()
+        assert not momentum[~stayed].any()
+    assert grown > 5
+
+
+@pytest.mark.parametrize("rule", ["sparse_momentum", "soft"])
+def test_momentum_stays_dense_where_the_rule_needs_it(rule: str):
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    masks = control(model, optimizer, RULES["sparse_momentum"])
-    run(model, optimizer, range(4))
+    masks = control(model, optimizer, RULES[rule])
+    run(model, optimizer, range(3))
+    assert masks.info.step == 3  # also right after a change
     assert optimizer.state[model[2].weight]["momentum_buffer"][~masks.masks["2.weight"]].any()
-    assert outside(model, masks) == 0
+    assert rule == "soft" or outside(model, masks) == 0
 
 
 def test_soft_shrinkage_by_hand():
@@ -204,6 +223,7 @@ def test_soft_shrinkage_by_hand():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     start = {name: value.clone() for name, value in model.state_dict().items()}
     masks = control(model, optimizer, sparse.soft_shrinkage(0.5, stop=3, amount=0.1), densities="uniform")
+    assert masks.sparsity == 0.0
     run(model, optimizer, range(2))
     for name in masks.masks:
         out = ~masks.masks[name]
@@ -363,6 +383,21 @@ def test_clipping_sees_what_counts():
         found.append(masks.masks.to_dict())
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])  # growth knew the gradients
     assert all(clipped < whole for clipped, whole in zip(norms[3:], norms[:3], strict=True))
+
+
+def test_gradients_of_a_skipped_step_are_forgotten():
+    found = []
+    for skipped in (False, True):
+        model = net()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        masks = control(model, optimizer, sparse.rigl(0.8, every=1, stop=8))
+        if skipped:  # as where a scaler finds infinities after gradients were masked
+            model(batch(7)[0]).square().sum().backward()
+            masks.mask_gradients()
+        run(model, optimizer, range(1))
+        assert masks.step == 1
+        found.append(masks.masks.to_dict())
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
 def test_closures_are_masked():
@@ -582,6 +617,7 @@ def test_refusals_come_before_anything_is_changed():
     before = copy.deepcopy(model.state_dict())
     sgd = torch.optim.SGD(model.parameters(), lr=0.1)
     rigl, half = sparse.rigl(0.5, every=2, stop=9), {"0.weight": torch.ones(12, 6, dtype=torch.bool)}
+    few = {name: torch.rand_like(model.state_dict()[name]) < 0.4 for name in half}
     cases: list[tuple[str, Callable[[], object]]] = [
         ("momentum", lambda: control(model, sgd, sparse.sparse_momentum(0.5, every=1, stop=9))),
         ("trains none", lambda: control(model, torch.optim.SGD(net().parameters(), lr=0.1), rigl)),
@@ -596,6 +632,7 @@ def test_refusals_come_before_anything_is_changed():
         ("boolean", lambda: control(model, sgd, rigl, masks={"0.weight": torch.ones(12, 6)})),
         ("densities are one less", lambda: control(model, sgd, sparse.static(0.8), densities={"0.weight": 0.8})),
         ("masks=", lambda: control(model, sgd, sparse.rigl(every=2, stop=9))),
+        ("in the end", lambda: control(model, sgd, sparse.gmp(0.3, every=1, stop=9), masks=few)),
         ("rigl\\(0.9", lambda: control(model, sgd, "rigl")),  # type: ignore[arg-type]
         ("takes a module", lambda: control(model.parameters(), sgd, rigl)),  # type: ignore[arg-type]
         ("state of 'static'", lambda: control(model, sgd, rigl, state={"rule": "static", "step": 0, "seed": 0})),

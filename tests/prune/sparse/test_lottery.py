@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -213,6 +214,26 @@ def test_with_an_optimizer_the_zeros_stay():
         assert weight[ticket.mask[name]].all()
 
 
+def never(module: nn.Module, seed: int) -> None:
+    pytest.fail("trained before the options were checked")
+
+
+def test_tied_weights_stay_tied_and_share_a_mask():
+    layer = nn.Linear(4, 4, bias=False)
+    model = nn.Sequential(layer, nn.Tanh(), layer, nn.Linear(4, 2))
+    cases: list[tuple[Any, dict[str, Any]]] = [
+        (iterative_magnitude, {}),
+        (swamp, {"particles": 2}),
+        (sparse_soups, {"copies": 2}),
+    ]
+    for method, options in cases:
+        ticket = method(model, noise, 0.5, 2, **options)
+        assert set(ticket.mask) == {"0.weight", "3.weight"}
+        assert ticket.module[0].weight is ticket.module[2].weight  # type: ignore[index]
+        assert not ticket.module.get_parameter("2.weight")[~ticket.mask["0.weight"]].any()
+        assert torch.equal(ticket.start["0.weight"], ticket.start["2.weight"])
+
+
 def test_refusals():
     for method, word in ((iterative_magnitude, "rounds"), (swamp, "rounds"), (sparse_soups, "rounds")):
         for sparsity in (0.0, 1.0, -1.0):
@@ -222,6 +243,18 @@ def test_refusals():
             method(net(), noise, 0.5, 0)
         with pytest.raises(Error, match="scope must be global or tensor"):
             method(net(), noise, 0.5, 1, scope="row")  # type: ignore[arg-type]
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"scope": "row"}, "scope must be global or tensor"),
+        ({"pattern": "nothing"}, "no float tensor fits"),
+        ({"batches": iter([torch.ones(4, 6)])}, "batches are read every round"),
+    ]
+    for options, words in wrong:  # before the early moment is trained to
+        with pytest.raises(Error, match=words):
+            swamp(net(), never, 0.5, 1, warm_up=never, **options)
+    with pytest.raises(Error, match="none of 120 weights would be left"):
+        iterative_magnitude(net(), never, 0.999, 2)
+    with pytest.raises(Error, match=r"training left weights of 2.weight that are not finite"):
+        iterative_magnitude(net(), lambda made, seed: made.get_parameter("2.weight").data.fill_(float("nan")), 0.5, 1)
     with pytest.raises(Error, match="particles must be at least 1"):
         swamp(net(), noise, 0.5, 1, particles=0)
     with pytest.raises(Error, match="copies must be at least 1"):

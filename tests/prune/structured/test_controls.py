@@ -59,9 +59,7 @@ def test_no_control_begins_with_the_models_own_start_and_its_mode_is_its_own(mlp
         model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3))
     inherited = cut_module(model, graph, kept)
     starts = []
-    controls(
-        model, graph, kept, lambda m, *a: starts.append(copy.deepcopy(m)), lambda m: float(not m.eval()), epochs=1
-    )
+    controls(model, graph, kept, lambda m, *a: starts.append(copy.deepcopy(m)), lambda m: float(not m.eval()), epochs=1)
     assert all((a == b).all() for a, b in zip(starts[0].parameters(), inherited.parameters(), strict=True))
     for start in starts[1:3]:
         assert not any((a == b).any() for a, b in zip(start.parameters(), inherited.parameters(), strict=True))

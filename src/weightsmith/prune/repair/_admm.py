@@ -60,8 +60,8 @@ def admm(
         shrink: how far the Gram matrix is drawn to its diagonal, from 0 to 1.
 
     Returns:
-        ``[out, in]`` in the dtype of ``weight``, exact zeros where the mask is false. Memory: the weight four times,
-        and the Gram matrix three times in float64.
+        ``[out, in]`` in the dtype of ``weight``, exact zeros where the mask is false. Memory: the Gram matrix
+        three times in float64, then the weight eight times.
 
     Raises:
         Error: neither a mask nor a sparsity, or both; shapes that do not fit; NaN; options out of their range.

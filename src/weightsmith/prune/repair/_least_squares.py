@@ -50,8 +50,8 @@ def least_squares(
         steps: of conjugate gradients, at most.
 
     Returns:
-        ``[out, in]`` in the dtype of ``weight``, exact zeros where the mask is false. Memory: the weight six times,
-        and the Gram matrix in float64 and as it is.
+        ``[out, in]`` in the dtype of ``weight``, exact zeros where the mask is false. Memory: the Gram matrix
+        in float64 and as it is, then the weight five times.
 
     Raises:
         Error: no mask; shapes that do not fit; NaN.

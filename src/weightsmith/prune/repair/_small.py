@@ -23,7 +23,7 @@ Part = Literal["biases", "norms", "head"]
     paper="Zimmer, Andoni, Spiegel, Pokutta 2023, 'PERP: Rethinking the Prune-Retrain Paradigm in the Era of LLMs'",
     covers=("perp",),
     unit="model",
-    claim="training biases and norms alone, far less than one weight in a hundred, brings back much of what was lost",
+    claim="training biases and norms alone, far less than one weight in a hundred, brings back part of what was lost",
 )
 @contextmanager
 def trainable(module: nn.Module, which: Sequence[Part] = ("biases", "norms")) -> Iterator[dict[str, nn.Parameter]]:

@@ -50,8 +50,8 @@ def sparsegpt(
         block: columns among which a share is chosen at once; for patterns rounded to whole groups.
 
     Returns:
-        ``[out, in]`` in the dtype of ``weight``, exact zeros where the mask is false. Memory: the weight twice and
-        the Gram matrix three times, in float64.
+        ``[out, in]`` in the dtype of ``weight``, exact zeros where the mask is false. Memory: the Gram matrix
+        three times in float64, then the weight three times.
 
     Raises:
         Error: neither a mask nor a sparsity, or both; shapes that do not fit; NaN.

@@ -10,10 +10,10 @@ from typing import Any, Protocol, overload
 import torch
 from torch import Tensor
 
-from weightsmith.errors import Error, did_you_mean
+from weightsmith.errors import Error
 from weightsmith.lifting import dressed, example, options_of, per_tensor_options, tried
-from weightsmith.prune.room import Source, Sparsity, allocated, chosen_targets, of_targets
-from weightsmith.weights import Lazy, Pattern, Spec, Weights, apply, open
+from weightsmith.prune.room import Source, Sparsity, allocated, chosen_targets, masks_for, of_targets
+from weightsmith.weights import Lazy, Pattern, Weights, apply, open
 from weightsmith.weights import resolve as resolved
 
 
@@ -62,21 +62,22 @@ def lift(kernel: Callable[..., Tensor]) -> Any:
     def repair(weights: Any, *given: Any, **options: Any) -> Any:
         if isinstance(weights, Tensor):
             return kernel(weights, *given, **options)
-        mask = options.pop("mask", None)
-        if given:
-            (mask,) = given
+        if len(given) + ("mask" in options) > 1:
+            raise Error(f"{method} takes weights and one mask; all else goes by name")
+        mask = given[0] if given else options.pop("mask", None)
         stats, sparsity, pattern = (options.pop(name, None) for name in ("stats", "sparsity", "pattern"))
         opened = open(weights)
         masks: Mapping[str, Lazy] = {}
         if mask is not None:
             _not_both(method, sparsity, pattern)
-            masks = masks_for(opened, mask)
+            masks = _masks(opened, mask)
             targets = list(masks)
         else:
             _able(method, chooses, sparsity)
             targets = chosen_targets(opened, pattern)
             allocated({name: opened.node(name) for name in targets}, sparsity, "tensor")
         grams = of_targets(stats, "stats.gram", opened, targets, method)
+        _full(method, grams)
         chosen = per_tensor_options(kernel, options, targets)
         tried(kernel, chosen.values(), example(2, 2), torch.eye(2), torch.ones(2, 2, dtype=torch.bool))
         if sparsity is not None:
@@ -93,8 +94,7 @@ def lift(kernel: Callable[..., Tensor]) -> Any:
         said = options if sparsity is None else {"sparsity": sparsity, **options}
         return opened.zip_nodes(build, (), f"prune.repair.{method}", said)
 
-    own = [_SPARSITY] if chooses else []
-    return dressed(repair, kernel, (*_PARAMETERS, *own, _PATTERN))
+    return dressed(repair, kernel, (*_PARAMETERS, *((_SPARSITY, _PATTERN) if chooses else ())))
 
 
 def _as_matrix(
@@ -121,21 +121,21 @@ def _able(method: str, chooses: bool, sparsity: object) -> None:
         raise Error(f"{method} needs mask=, what is kept, or sparsity=, such as 0.5 or '2:4', to choose by itself")
 
 
-def masks_for(weights: Weights, mask: Source) -> dict[str, Lazy]:
-    """Tensor -> its boolean mask, by the first name of what is tied; an error for one that fits no tensor."""
-    found, ties = open(mask), weights.ties
-    masks: dict[str, Lazy] = {}
-    for name in found:
-        spec = found.spec(name)
-        if name not in weights:
-            raise Error(f"the mask of {name} is of no tensor that is there{did_you_mean(name, weights)}")
-        if weights.spec(name).shape != spec.shape or len(spec.shape) < 2:
-            raise Error(f"the mask of {name} is {list(spec.shape)}; its weight is {list(weights.spec(name).shape)}")
-        if spec != Spec(spec.shape, torch.bool):
-            raise Error(f"the mask of {name} is {spec}; a mask is boolean, such as mask_of(...) makes")
-        first = ties.get(name, name)
-        if masks.setdefault(first, found.node(name)) is not found.node(name):
-            raise Error(f"{name} and {first} are one tensor, but have two masks")
+def _masks(weights: Weights, mask: Source) -> dict[str, Lazy]:
+    masks = masks_for(weights, open(mask))
     if not masks:
         raise Error("a repair needs the mask of at least 1 tensor, got none")
+    for name in masks:
+        if len(weights.spec(name).shape) < 2:
+            raise Error(f"the mask of {name} is {list(weights.spec(name).shape)}; repairs are of matrices [out, ...]")
     return masks
+
+
+def _full(method: str, grams: Mapping[str, Any]) -> None:
+    """An error where only the diagonals of Gram matrices are there."""
+    for name, gram in grams.items():
+        if len(gram.node.spec.shape) < 2:
+            raise Error(
+                f"{method} needs how inputs go together, and of {name} stats hold only the diagonal: "
+                "gather whole Gram matrices, or blocks of them, with weightsmith.stats.gram(...)"
+            )

@@ -113,7 +113,8 @@ def iterative_magnitude(
         Ticket: masks are nested, and hold while training.
 
     Raises:
-        Error: a sparsity outside (0, 1), no round, or no tensor to prune.
+        Error: a sparsity outside (0, 1) or one that leaves nothing, no round, no tensor to prune, or training
+            that ends with weights that are not finite.
 
     >>> layer = torch.nn.Linear(4, 1, bias=False)
     >>> def train(layer, seed): layer.weight.data += torch.tensor([[4.0, 3.0, 2.0, 1.0]])
@@ -175,7 +176,8 @@ def swamp(
         Ticket: the last average, and the rewound ticket that it came from.
 
     Raises:
-        Error: a sparsity outside (0, 1), no round or particle, or no tensor to prune.
+        Error: a sparsity outside (0, 1) or one that leaves nothing, no round or particle, no tensor to prune, or
+            training that ends with weights that are not finite.
     """
     loop = _Loop(module, train, scope, evaluate, pattern, seed, batches, None, _counted("particles", particles))
     return loop.from_start(_checked(sparsity), _counted("rounds", rounds), warm_up, True)
@@ -224,7 +226,8 @@ def sparse_soups(
         Ticket: the last soup; its zeros are those of the mask.
 
     Raises:
-        Error: a sparsity outside (0, 1), no round or copy, or no tensor to prune.
+        Error: a sparsity outside (0, 1) or one that leaves nothing, no round or copy, no tensor to prune, or training
+            that ends with weights that are not finite.
     """
     loop = _Loop(module, train, scope, evaluate, pattern, seed, batches, soup, _counted("copies", copies))
     shares = _shares(_checked(sparsity), _counted("rounds", rounds))[1:]
@@ -267,6 +270,18 @@ class _Loop:
     soup: Soup | None
     particles: int
 
+    def __post_init__(self) -> None:
+        """What cannot be had is found before any training."""
+        if self.scope not in ("global", "tensor"):
+            raise Error(f"scope must be global or tensor, got {self.scope!r}")
+        if self.batches is not None and iter(self.batches) is self.batches:
+            raise Error("batches are read every round; give a list or another iterable that can be read again")
+        self.names()
+
+    def names(self) -> list[str]:
+        """Of the tensors that are pruned."""
+        return chosen_targets(open(self.module), self.pattern)
+
     def from_start(self, sparsity: float, rounds: int, warm_up: Train | None, rewind: bool) -> Ticket:
         """Rounds for a network that is not trained yet."""
         made = copy.deepcopy(self.module)
@@ -282,12 +297,9 @@ class _Loop:
             after: what the first is removed from.
             rewound: what every training begins from; None is what was pruned.
         """
-        if self.scope not in ("global", "tensor"):
-            raise Error(f"scope must be global or tensor, got {self.scope!r}")
-        if self.batches is not None and iter(self.batches) is self.batches:
-            raise Error("batches are read every round; give a list or another iterable that can be read again")
-        names = chosen_targets(open(self.module), self.pattern)
-        mask = Weights.of({name: torch.ones_like(after[name], dtype=torch.bool) for name in names})
+        mask = Weights.of({name: torch.ones_like(after[name], dtype=torch.bool) for name in self.names()})
+        if round((1 - shares[-1]) * mask.numel) < 1:
+            raise Error(f"at a sparsity of {shares[-1]:g} none of {mask.numel} weights would be left; ask for less")
         begin, rounds = after, []
         with progress.task("rounds of pruning", len(shares) * self.particles) as advance:
             for turn, share in enumerate(shares):
@@ -311,6 +323,9 @@ class _Loop:
         made = self._loaded(begin)
         with holding(made, dict(mask)):
             self.train(made, seed)
+        for name in mask:
+            if not made.get_parameter(name).isfinite().all():
+                raise Error(f"training left weights of {name} that are not finite; train with a lower learning rate")
         return _snapshot(made)
 
     def _combined(self, trained: Sequence[Weights], mask: Weights) -> Weights:

@@ -104,7 +104,10 @@ def controls(
             shares.append(_share(cost, graph, drawn))
             measured("random structure", reinitialised(cut_module(model, graph, drawn), seed, initialise), epochs, seed)
     lengths = {"fine-tuned": tuned, "scratch-E": epochs, "scratch-B": longer, "random structure": epochs}
-    rows = [row("whole", [float(evaluate(copy.deepcopy(model)))], 1.0, 0), row("cut", [float(evaluate(made))], share, 0)]
+    rows = [
+        row("whole", [float(evaluate(copy.deepcopy(model)))], 1.0, 0),
+        row("cut", [float(evaluate(made))], share, 0),
+    ]
     for name, found in runs.items():
         part = statistics.fmean(shares) if name == "random structure" else share
         rows.append(row(name, found, part, lengths[name]))
