@@ -54,6 +54,8 @@ def measure(seed: int) -> dict[str, float]:
             models.append(model)
         found = best(models, validation)
         figures[name] = accuracy(found, test)
-        same = sum(int(((found[i].weight != 0) & (largest[i].weight != 0)).sum()) for i in (0, 2, 4))
-        figures[f"{name}, overlap"] = same / sum(int((largest[i].weight != 0).sum()) for i in (0, 2, 4))
+        own, magnitude = (dict(net.named_parameters()) for net in (found, largest))
+        places = [place for place in magnitude if place.endswith("weight")]
+        same = sum(int(((own[place] != 0) & (magnitude[place] != 0)).sum()) for place in places)
+        figures[f"{name}, overlap"] = same / sum(int((magnitude[place] != 0).sum()) for place in places)
     return figures

@@ -67,9 +67,10 @@ def measure(seed: int) -> dict[str, float]:
     }
 
 
-def inverted(model: nn.Sequential, seed: int) -> float:
+def inverted(model: nn.Module, seed: int) -> float:
     """How many of the weights that are left have the sign that their constant does not."""
     constants = perceptron(seed, 256, nn.ELU, bias=False)
     signed_supermask(constants, above=-10.0, below=-10.0, seed=seed)
-    turned = sum(int((model[i].weight * constants[i].weight < 0).sum()) for i in (0, 2, 4))
-    return turned / sum(int((model[i].weight != 0).sum()) for i in (0, 2, 4))
+    found, start = ([m.weight for m in net.modules() if isinstance(m, nn.Linear)] for net in (model, constants))
+    turned = sum(int((weight * constant < 0).sum()) for weight, constant in zip(found, start, strict=True))
+    return turned / sum(int((weight != 0).sum()) for weight in found)

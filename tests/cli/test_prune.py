@@ -125,7 +125,10 @@ def test_healing_keeps_zeros_and_helps(run, llama: Path):
         (["magnitude", "--heal", 5], "--heal asks the data"),
         (["sparsegpt", "--calibrate", "near.txt", "--repair", "admm"], "sparsegpt repairs by itself"),
         (["wanda", "--calibrate", "nowhere.txt"], "nowhere.txt: cannot be read as text"),
-        (["wanda", "--calibrate", "near.txt", "--length", 32, "--samples", 4, "--sparsity", "1.5"], "must lie between 0 and 1"),
+        (
+            ["wanda", "--calibrate", "near.txt", "--length", 32, "--samples", 4, "--sparsity", "1.5"],
+            "must lie between 0 and 1",
+        ),
         (["wanda", "--calibrate", "near.txt", "--report", "page.pdf"], "a report is written as one of .html"),
         (["wnda"], "did you mean 'wanda'"),
     ],

@@ -65,7 +65,8 @@ def matrices(
 
     Returns:
         dict[str, Weights]: by the words of ``what``, under the names of the tensors: numbers ``[]`` float64; the
-        vectors ``[in]`` float32. NaN where a value is not finite (a norm may be infinite). Tied tensors are there once, under the first name.
+        vectors ``[in]`` float32. NaN where a value is not finite (a norm may be infinite). Tied tensors are there
+        once, under the first name.
 
     Raises:
         ValueError: an unknown word, no matrix that fits, or vectors that do not.

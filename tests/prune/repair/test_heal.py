@@ -330,6 +330,16 @@ def test_a_model_that_was_cut(stages: tuple[Any, ...], recwarn: pytest.WarningsR
     assert not any("leaves the stage" in str(one.message) for one in recwarn)
 
 
+def test_a_cut_model_that_holds_zeros_too_keeps_them_and_learns_everywhere():
+    model, teacher = cut_pair()
+    model.blocks[0].up.weight.data[0] = 0  # type: ignore[union-attr, index]
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    heal(model, teacher, data(), steps=2, stages=("lora",))
+    now = model.state_dict()
+    assert not now["blocks.0.up.weight"][0].any()
+    assert not any(torch.equal(now[name], start[name]) for name in start)
+
+
 def test_a_cut_model_whose_blocks_do_not_pair():
     with torch.random.fork_rng():
         torch.manual_seed(0)

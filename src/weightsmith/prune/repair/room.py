@@ -43,9 +43,9 @@ _PARAMETERS = (
     _KINDS("weights", _KINDS.POSITIONAL_OR_KEYWORD, annotation="Source"),
     _KINDS("mask", _KINDS.POSITIONAL_OR_KEYWORD, default=None, annotation="Source | None"),
     _KINDS("stats", _KINDS.KEYWORD_ONLY, annotation="Source"),
+    _KINDS("pattern", _KINDS.KEYWORD_ONLY, default=None, annotation="Pattern | None"),
 )
 _SPARSITY = _KINDS("sparsity", _KINDS.KEYWORD_ONLY, default=None, annotation="PerTensor[float | str] | None")
-_PATTERN = _KINDS("pattern", _KINDS.KEYWORD_ONLY, default=None, annotation="Pattern | None")
 
 
 def lift(kernel: Callable[..., Tensor]) -> Any:
@@ -94,7 +94,7 @@ def lift(kernel: Callable[..., Tensor]) -> Any:
         said = options if sparsity is None else {"sparsity": sparsity, **options}
         return opened.zip_nodes(build, (), f"prune.repair.{method}", said)
 
-    return dressed(repair, kernel, (*_PARAMETERS, *((_SPARSITY, _PATTERN) if chooses else ())))
+    return dressed(repair, kernel, (*_PARAMETERS, *((_SPARSITY,) if chooses else ())))
 
 
 def _as_matrix(
