@@ -58,7 +58,7 @@ def command(method: Method) -> click.Command:
     _, *others = method.public
     own = [_eased(one) for one in options_of(method, [p for p in others if p.name not in ("mask", "action")])]
     names = {one.name for one in own}
-    others = _others()
+    others = [one for one in _others() if one.name not in names]
     asks = any(need.startswith("stats.") for need in method.needs)
     examples = [(f"weightsmith prune {method.name} model/ --sparsity 0.5 --calibrate text.txt -o out/", "On a text.")]
     if not asks:

@@ -51,7 +51,7 @@ def refine(
     r"""Better masks of the same density, by block coordinate descent.
 
     .. math:: \Delta L(z) = g^\top d + \tfrac12 d^\top F d + \rho \lVert d \rVert^2, \qquad
-        d = w \odot (z - m), \qquad F = \tfrac1n \textstyle\sum_i g_i g_i^\top, \qquad \sum z = \sum m
+        d = w \odot (z - m), \qquad F = \tfrac1n \sum_i g_i g_i^\top, \qquad \sum z = \sum m
 
     over the masks :math:`z` of one block, with the gradients of examples :math:`g_i` and their mean :math:`g` where the
     network is now, pruned by :math:`m`. A block is half of it kept weights with the smallest :math:`|w g|`, half of it

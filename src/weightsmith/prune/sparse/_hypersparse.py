@@ -147,7 +147,7 @@ def adaptive_training(
         module: trained for some epochs without a penalty. In the end it holds the best network that was cut; fine-tune
             it with the mask held.
         train: ``(module, penalty)``: one epoch, in which ``penalty()`` is added to every loss.
-        accuracy: ``(module) -> `` on the training data; it must leave the module as it was.
+        accuracy: ``(module) -> number`` on the training data; it must leave the module as it was.
         sparsity: the share cut, of all weights together.
         pattern: which weights; default the usual ones.
         amount: :math:`\lambda_0`.
@@ -155,7 +155,7 @@ def adaptive_training(
         window: epochs whose accuracies are averaged, an odd number; so many copies of the model are held, and up to
             three more.
         epochs: the most of them.
-        penalty: ``(weights, sparsity) -> `` a number.
+        penalty: ``(weights, sparsity) -> number``.
 
     Returns:
         Press: ``.best`` has the weights, the masks, the accuracy and the epoch; ``.done`` says whether the cut network

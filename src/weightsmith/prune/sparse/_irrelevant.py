@@ -167,7 +167,7 @@ def threshold_within(
 
     Args:
         module: changed in place: what is cut is zero.
-        evaluate: ``(module) -> `` a score, higher is better; it must leave the module as it was.
+        evaluate: ``(module) -> score``, higher is better; it must leave the module as it was.
         tolerance: how much of the score may go.
         reference: the score it is measured from; default that of the module as it is.
         pattern: which weights; default the usual ones.
