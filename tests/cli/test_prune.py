@@ -140,3 +140,13 @@ def test_wrong_calls_are_found_before_any_work(run, llama: Path, monkeypatch, ar
     assert status == 2
     assert words in err
     assert not Path("out").exists()
+
+
+def test_a_random_score_has_one_seed(run, llama: Path):
+    folder, found = llama.parent, {}
+    for place, more in {"a": ["--calibrate", folder / "near.txt"], "b": []}.items():
+        extra = ["--samples", 2, "--length", 16] if more else []
+        status, _, err = run("prune", "random", llama, "-o", folder / place, "--seed", 3, *more, *extra)
+        assert status == 0, err
+        found[place] = ws.open(folder / place)
+    assert all(torch.equal(found["a"][name], found["b"][name]) for name in found["a"])

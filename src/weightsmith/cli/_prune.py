@@ -146,6 +146,7 @@ def _run(method: Method, source: str, chosen: Mapping[str, Any], more: dict[str,
     from weightsmith import open as open_weights
 
     options = {name: built(value) for name, value in chosen.items() if value is not None and value != ()}
+    more.setdefault("seed", options.get("seed", 0))  # a random score has a seed of its own
     _check(method, options, more)
     check_written(more["report"], True, "a report", [".html"])
     check_output(given)
@@ -215,6 +216,7 @@ def _pruned(
     prune = importlib.import_module("weightsmith.prune")
     if batches is not None:
         own = method.room == REPAIRS
+        options.pop("seed", None)
         wanted = {name: options[name] for name in ("sparsity", "scope", "structure", "pattern") if name in options}
         if set(options) - set(wanted):
             raise click.UsageError(f"--{min(set(options) - set(wanted))} does not go with --calibrate yet; use Python")

@@ -104,7 +104,7 @@ def bilevel_step(
 
     Args:
         module: has masks of `bilevel`.
-        loss: ``(module, batch) -> `` a number.
+        loss: ``(module, batch) -> number``.
         lower_batch: for the weights.
         upper_batch: for the scores; another one, or the mask learns what the weights just fitted.
         lower: optimizer of the weights under the masks, and of whatever else learns.
