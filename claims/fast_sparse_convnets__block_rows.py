@@ -6,8 +6,8 @@ the dense product, each the median of the ratios of neighbouring timings.
 
 Timings were seen before this was written: with gathered inputs and PyTorch's small dense products, blocks of 4 rows
 were slower than scattered zeros from a batch of 8 on, and blocks of 16 and 32 rows faster where all blocks kept equally
-many columns. The paper's largest block, 4 x 1, was kept for the verdict; the taller ones stand beside it. How blocks are
-gathered was changed twice afterwards, by timings of these very settings; the verdict did not turn.
+many columns. The paper's largest block, 4 x 1, was kept for the verdict; the taller ones stand beside it. How blocks
+are gathered was changed twice afterwards, by timings of these very settings; the verdict did not turn.
 """
 
 from statistics import geometric_mean

@@ -137,10 +137,10 @@ def texts(
     from weightsmith.solve import generator_for
     from weightsmith.weights import open
 
-    language.check("calibration", length, samples, "cpu")
     places = [Path(p) for p in ([paths] if isinstance(paths, str | os.PathLike) else paths)]
     if not places or samples < len(places):
         raise Error(f"calibration: {samples} windows of {len(places)} texts; at least 1 text, and 1 window of each")
+    language.check("calibration", length, samples, "cpu")
     files = language.carried(open(weights))
     config, tokenizer = language._read(files, _check)
     others = {Path(p): _sha256(Path(p)) for p in apart_from}

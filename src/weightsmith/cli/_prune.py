@@ -63,13 +63,10 @@ def command(method: Method) -> click.Command:
     examples = [(f"weightsmith prune {method.name} model/ --sparsity 0.5 --calibrate text.txt -o out/", "On a text.")]
     if not asks:
         examples = [(f"weightsmith prune {method.name} model/ --sparsity 0.5 -o out/", "Into a folder.")]
-    examples.append(
-        (
-            f"weightsmith prune {method.name} model/ --sparsity 2:4 --calibrate near.txt --evaluate far.txt --heal 200 "
-            "--report out.html -o out/",
-            "Two of four, healed, and what it has cost.",
-        )
-    )
+    healed = f"weightsmith prune {method.name} model/ --sparsity 2:4 --calibrate near.txt --heal 200 -o out/"
+    examples.append((healed, "Two of four are kept, and then trained towards the dense model."))
+    told = f"weightsmith prune {method.name} model/ --calibrate near.txt --evaluate far.txt --report r.html -o out/"
+    examples.append((told, "What it has cost, with plots by layer."))
 
     def run(inputs: str, **given: Any) -> None:
         chosen = {name: given.pop(name) for name in names}
