@@ -142,7 +142,7 @@ def texts(
         raise Error(f"calibration: {samples} windows of {len(places)} texts; at least 1 text, and 1 window of each")
     language.check("calibration", length, samples, "cpu")
     files = language.carried(open(weights))
-    config, tokenizer = language._read(files, _check)
+    config, tokenizer = language.config_and_tokenizer(files, _check)
     others = {Path(p): _sha256(Path(p)) for p in apart_from}
     model, masked = _without_weights(config), _is_masked(config)
     back = _back(tokenizer) if masked else ()

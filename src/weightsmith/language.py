@@ -56,11 +56,13 @@ def built(weights: Weights, files: Mapping[str, bytes], dtype: Any) -> tuple[Any
 
 def described(files: Mapping[str, bytes]) -> tuple[Any, Any]:
     """The config of a model that predicts the next token, and its tokenizer."""
-    config, tokenizer = _read(files, _check_causal)
+    config, tokenizer = config_and_tokenizer(files, _check_causal)
     return config, tokenizer
 
 
-def _read(files: Mapping[str, bytes], check: Callable[[Any], None] = lambda config: None) -> tuple[Any, Any]:
+def config_and_tokenizer(
+    files: Mapping[str, bytes], check: Callable[[Any], None] = lambda config: None
+) -> tuple[Any, Any]:
     """The config and the tokenizer in some files, by transformers."""
     from transformers import AutoConfig, AutoTokenizer
 
@@ -276,7 +278,7 @@ def classifier(weights: Weights, dtype: Any) -> tuple[Any, Any]:
     """
     from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING as KINDS
 
-    config, tokenizer = _read(carried(weights))
+    config, tokenizer = config_and_tokenizer(carried(weights))
     named = next(iter(getattr(config, "architectures", None) or ()), "")
     if type(config) not in KINDS or "ForSequenceClassification" not in named:
         raise Error(

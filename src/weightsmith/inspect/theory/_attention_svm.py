@@ -14,6 +14,7 @@ import numpy
 import torch
 from torch import Tensor
 
+from weightsmith import solve
 from weightsmith.card import card
 from weightsmith.errors import Error
 from weightsmith.inspect._plain import plain
@@ -259,6 +260,4 @@ def effective_rank(weight: Tensor) -> float:
     >>> round(effective_rank(torch.eye(3)), 6)
     3.0
     """
-    share = torch.linalg.svdvals(weight.double())
-    share = share / share.sum()
-    return float(torch.exp(torch.special.entr(share).sum()))
+    return solve.effective_rank(torch.linalg.svdvals(weight.double()))
