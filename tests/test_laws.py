@@ -22,7 +22,9 @@ from torch import Tensor
 import weightsmith as ws
 from weightsmith.card import card_of
 from weightsmith.merge.room import example_statistics
-from weightsmith.quantize._parts import decode, pack
+from weightsmith.quantize import Coded
+from weightsmith.quantize._layout import Layout, parts_of
+from weightsmith.quantize.grids import Integer
 from weightsmith.weights import Weights
 
 PACKAGE = Path(ws.__file__).parent
@@ -171,16 +173,17 @@ def prune_directly(kernel: Callable[..., Any], name: str, sample: Tensor) -> dic
 
 
 def quantize_lazily(public: Callable[..., Any], samples: Mapping[str, Tensor]) -> Weights:
-    return public({name: sample[0] for name, sample in samples.items()}, pattern="*")
+    told = {name: stats for name, sample in samples.items() for stats in prune_statistics(public, sample[0].shape)}
+    given = {"stats": told} if told else {}
+    return public({name: sample[0] for name, sample in samples.items()}, pattern="*", **given)
 
 
 def quantize_directly(kernel: Callable[..., Any], name: str, sample: Tensor) -> dict[str, Tensor]:
-    codes, scale = kernel(sample[0], scale_dtype=sample.dtype)
-    return {
-        f"{name}_packed": pack(codes, 4),
-        f"{name}_scale": scale.to(sample.dtype),
-        f"{name}_shape": torch.tensor(sample[0].shape),
-    }
+    weight, *stats = prune_arguments(kernel, sample)
+    grid = Integer(scale_dtype=sample.dtype)
+    layout = Layout(tuple(weight.shape), grid)
+    parts = parts_of(kernel(layout.matrix(weight), *stats, grid=grid), layout)
+    return {f"{name}{ending}": part for ending, part in parts.items()} | {f"{name}_shape": torch.tensor(weight.shape)}
 
 
 # average
@@ -206,15 +209,13 @@ def average_arguments(kernel: Callable[..., Any], sample: Tensor) -> tuple[Any, 
 ROOMS = {
     "merge": Room(merge_arguments, lambda sample: (sample[1:], sample[0]), merge_lazily, merge_directly),
     "prune": Room(prune_arguments, lambda sample: (sample[0],), prune_lazily, prune_directly),
-    "quantize": Room(
-        lambda kernel, sample: (sample[0],), lambda sample: (sample[0],), quantize_lazily, quantize_directly, False
-    ),
+    "quantize": Room(prune_arguments, lambda sample: (sample[0],), quantize_lazily, quantize_directly, False),
     "average": Room(average_arguments, lambda sample: (sample,), average_lazily, average_directly),
     # Its methods work on whole models: nothing below calls them on a sample.
     "adapt": Room(lambda kernel, sample: (), lambda sample: (), prune_lazily, prune_directly),
 }
 
-PLAIN = {"inspect", "start"}
+PLAIN = {"inspect", "optim", "share", "start"}
 """Rooms whose functions are lifted from nothing and have no laws in common: they read, or make weights anew."""
 
 METHODS = {
@@ -244,6 +245,8 @@ def law_names(room: str) -> set[str]:
 
 def results(kernel: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
     found = kernel(*arguments)
+    if isinstance(found, Coded):
+        return (found.codes, *found.params.values(), *found.shared.values(), found.values())
     return found if isinstance(found, tuple) else (found,)
 
 
@@ -290,9 +293,13 @@ def test_a_named_law_holds(method: str, law: str):
             raise AssertionError(f"{law} does not hold for {method} on weights that are {kind}: {error}") from None
 
 
-def sloppy_rounding(weight: Tensor, way: Callable[[Tensor], Tensor] = torch.floor) -> tuple[Tensor, Tensor]:
+def sloppy_rounding(weight: Tensor, way: Callable[[Tensor], Tensor] = torch.floor) -> Coded:
     scale = weight.flatten(1).abs().amax(1, keepdim=True).clamp(min=1e-30) / 7.5
-    return way(weight.flatten(1) / scale).clamp(-8, 7).to(torch.int8), scale
+    return of_integers(way(weight.flatten(1) / scale), scale)
+
+
+def of_integers(codes: Tensor, scale: Tensor) -> Coded:
+    return Coded((codes.clamp(-8, 7) + 8).to(torch.uint8), {"scale": scale}, Integer())
 
 
 BROKEN: dict[str, Callable[..., Any]] = {
@@ -306,10 +313,9 @@ BROKEN: dict[str, Callable[..., Any]] = {
     "prune.sign": lambda weight: weight,
     "prune.element_order": lambda weight: weight.abs() + torch.arange(weight.numel()).reshape(weight.shape),
     "quantize.half_a_step": sloppy_rounding,
-    "quantize.scale": lambda weight: ((weight.flatten(1)).round().clamp(-8, 7), torch.ones(len(weight), 1)),
-    "quantize.row_order": lambda weight: (
-        torch.arange(len(weight)).reshape(-1, 1).expand(weight.shape),
-        torch.ones(len(weight), 1),
+    "quantize.scale": lambda weight: of_integers(weight.flatten(1).round(), torch.ones(len(weight), 1)),
+    "quantize.row_order": lambda weight: of_integers(
+        torch.arange(len(weight)).reshape(-1, 1).expand(weight.shape), torch.ones(len(weight), 1)
     ),
     "quantize.sign": sloppy_rounding,
     "average.constant": lambda mean, weight, count: mean + weight / count,
@@ -423,6 +429,5 @@ def test_streamed_equals_direct(method: str, dtype: torch.dtype, tmp_path: Path)
 def test_quantized_values_are_read_back_as_the_codes_say():
     """`quantize_directly` above compares packed codes; this ties them to values."""
     weight = SAMPLES["plain [6, 16]"][0]
-    codes, scale = ws.quantize.rtn(weight)
     found = ws.quantize.dequantize(ws.quantize.rtn({"l.weight": weight}))["l.weight"]
-    assert torch.equal(found, decode(codes, scale))
+    assert torch.equal(found, ws.quantize.rtn(weight).values())

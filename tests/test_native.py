@@ -15,6 +15,7 @@ from torch import Tensor
 from weightsmith import native
 from weightsmith.merge import _drop
 from weightsmith.merge._trim import elected
+from weightsmith.quantize._gptq import rounded_columns
 from weightsmith.solve import _top
 
 needs_native = pytest.mark.skipif(not native.available(), reason="the native loops were not built (no C compiler?)")
@@ -117,6 +118,35 @@ def test_the_generator_is_numpys():
     assert native.dropped(row, state["state"], state["inc"], 0, 32, 2**31, 2.0)
     expected = source.random_raw(32).view("<u4") < 2**31
     assert row.tolist() == [2.0 if one else 0.0 for one in expected]
+
+
+@needs_native
+@pytest.mark.parametrize(("columns", "rows"), [(1, 1), (3, 257), (32, 1000), (32, 0)])
+@pytest.mark.parametrize("each", [False, True])
+def test_rounded_columns(columns: int, rows: int, each: bool, monkeypatch):
+    generator = torch.Generator().manual_seed(rows)
+    values = 3 * torch.randn(columns, rows, generator=generator)
+    values[:, ::7] *= 1e6
+    factor = torch.randn(columns, columns + 3, generator=generator)[:, :columns]  # a part of a larger one
+    count = columns if each else 1
+    scale = torch.rand(count, rows, generator=generator) + 0.1
+    scale[:, 1::5] *= -1
+    zero = torch.randint(0, 8, (count, rows), generator=generator).float()
+    minimum = torch.randn(count, rows, generator=generator)
+    values[0, ::3] = minimum[0, ::3] + scale[0, ::3] * 2.5  # halves go to even
+    found = []
+    for run in (rounded_columns, lambda *given: without(monkeypatch, rounded_columns, *given)):
+        given = values.clone()
+        errors, codes = torch.full_like(given, torch.nan), torch.full(given.shape, 99, dtype=torch.uint8)
+        run(given, factor, scale, zero, minimum, 1, 7, errors, codes)
+        found.append((errors, codes, given))
+    assert torch.equal(found[0][1], found[1][1])
+    assert same_bits(found[0][0], found[1][0])
+    assert same_bits(found[0][2], found[1][2])
+    if rows:
+        assert 1 <= int(found[0][1].min()) <= int(found[0][1].max()) <= 7
+    wide = (one.double() for one in (values, factor, scale, zero, minimum))
+    assert not native.rounded_columns(*wide, 1, 7, found[0][0].double(), found[0][1])
 
 
 def test_other_dtypes_and_strides_are_left_to_python():

@@ -20,7 +20,7 @@
 #define BLOCK 1024 /* floats of a row that are worked on together: all rows of a block stay in the first cache */
 
 /* Changes with every change of a signature; the Python side asks for it before anything else. */
-int32_t weightsmith_native_version(void) { return 1; }
+int32_t weightsmith_native_version(void) { return 3; }
 
 /* Keys in [lower, lower + span]: their places and themselves, in order. Returns how many; *above counts keys >= upper.
  * The outputs have room for n + 16 values. */
@@ -164,5 +164,221 @@ void weightsmith_dropped(float *row, int64_t n, uint64_t state_high, uint64_t st
             scale_32(row + place, (const uint32_t *)bits + first, count, limit, factor);
         place += count;
         first = 0;
+    }
+}
+
+/* Floats as planes of bytes, and codes of unequal length: see share/_planes.py and share/_huffman.py. */
+
+/* Values of `width` bytes (2 or 4) to `width` planes [n] of bytes: the eight bits below the sign, then the sign and what
+ * is left of the mantissa, highest first. */
+WIDE void weightsmith_planes(const void *values, int64_t n, int32_t width, uint8_t *out) {
+    if (width == 2) {
+        const uint16_t *given = values;
+        for (int64_t i = 0; i < n; i++) {
+            out[i] = (uint8_t)(given[i] >> 7);
+            out[n + i] = (uint8_t)((given[i] >> 8 & 0x80) | (given[i] & 0x7f));
+        }
+    } else {
+        const uint32_t *given = values;
+        for (int64_t i = 0; i < n; i++) {
+            out[i] = (uint8_t)(given[i] >> 23);
+            out[n + i] = (uint8_t)((given[i] >> 24 & 0x80) | (given[i] >> 16 & 0x7f));
+            out[2 * n + i] = (uint8_t)(given[i] >> 8);
+            out[3 * n + i] = (uint8_t)given[i];
+        }
+    }
+}
+
+/* The way back. */
+WIDE void weightsmith_together(const uint8_t *planes, int64_t n, int32_t width, void *values) {
+    if (width == 2) {
+        uint16_t *made = values;
+        for (int64_t i = 0; i < n; i++)
+            made[i] = (uint16_t)((planes[n + i] & 0x80) << 8 | planes[i] << 7 | (planes[n + i] & 0x7f));
+    } else {
+        uint32_t *made = values;
+        for (int64_t i = 0; i < n; i++)
+            made[i] = (uint32_t)(planes[n + i] & 0x80) << 24 | (uint32_t)planes[i] << 23 |
+                      (uint32_t)(planes[n + i] & 0x7f) << 16 | (uint32_t)planes[2 * n + i] << 8 | planes[3 * n + i];
+    }
+}
+
+/* How often each byte occurs, added to counts [256]. Four tables: the same byte often follows itself. */
+void weightsmith_counted(const uint8_t *symbols, int64_t n, int64_t *counts) {
+    static const int64_t most = (int64_t)1 << 30;
+    for (int64_t begin = 0; begin < n; begin += most) {
+        const int64_t size = n - begin < most ? n - begin : most;
+        const uint8_t *run = symbols + begin;
+        uint32_t found[4][256] = {{0}};
+        int64_t i = 0;
+        for (; i + 4 <= size; i += 4)
+            for (int j = 0; j < 4; j++) found[j][run[i + j]]++;
+        for (; i < size; i++) found[0][run[i]]++;
+        for (int s = 0; s < 256; s++) counts[s] += (int64_t)found[0][s] + found[1][s] + found[2][s] + found[3][s];
+    }
+}
+
+/* Bits that each lane of symbols takes. */
+void weightsmith_lane_bits(const uint8_t *symbols, int64_t n, int64_t lane, const uint8_t *length, int32_t *bits) {
+    for (int64_t begin = 0; begin < n; begin += lane) {
+        const int64_t size = n - begin < lane ? n - begin : lane;
+        const uint8_t *run = symbols + begin;
+        uint32_t sum[4] = {0};
+        int64_t i = 0;
+        for (; i + 4 <= size; i += 4)
+            for (int j = 0; j < 4; j++) sum[j] += length[run[i + j]];
+        for (; i < size; i++) sum[0] += length[run[i]];
+        *bits++ = (int32_t)(sum[0] + sum[1] + sum[2] + sum[3]);
+    }
+}
+
+static inline uint64_t load_64(const uint8_t *from) {
+    uint64_t word = 0;
+    for (int i = 0; i < 8; i++) word |= (uint64_t)from[i] << 8 * i; /* one load where the lowest byte comes first */
+    return word;
+}
+
+static inline void store_64(uint8_t *to, uint64_t word) {
+    for (int i = 0; i < 8; i++) to[i] = (uint8_t)(word >> 8 * i);
+}
+
+/* Symbols to codes of at most 12 bits, the first in the lowest bits. Lane l is written from begin[l] on, whole bytes;
+ * out has 8 bytes more than the last lane needs. */
+void weightsmith_coded(const uint8_t *symbols, int64_t n, int64_t lane, const uint16_t *code, const uint8_t *length,
+                       const int64_t *begin, uint8_t *out) {
+    for (int64_t first = 0, l = 0; first < n; first += lane, l++) {
+        const int64_t size = n - first < lane ? n - first : lane;
+        const uint8_t *run = symbols + first;
+        uint8_t *to = out + begin[l];
+        uint64_t word = 0;
+        uint32_t held = 0;
+        int64_t i = 0;
+        for (; i < size; i += 4) {
+            const int64_t upto = i + 4 < size ? i + 4 : size;
+            for (int64_t j = i; j < upto; j++) {
+                word |= (uint64_t)code[run[j]] << held;
+                held += length[run[j]];
+            }
+            store_64(to, word); /* at most 7 + 4 * 12 bits */
+            to += held >> 3;
+            word >>= held & ~7u;
+            held &= 7;
+        }
+    }
+}
+
+#define STREAMS 4 /* lanes that are decoded side by side, so that none waits for its own table */
+#define SPARE 32  /* symbols that one turn may write: 4 tables of up to 6, the last store 8 wide */
+
+typedef struct {
+    int64_t place; /* of the next byte to load */
+    uint64_t word;
+    uint32_t held; /* bits of `word` */
+    uint8_t *to, *stop;
+} lane_t;
+
+static inline int64_t lane_ready(const lane_t *lane, int64_t size) {
+    return lane->to <= lane->stop && lane->place + 8 <= size;
+}
+
+static inline void lane_turn_load(lane_t *lane, const uint8_t *stream) {
+    lane->word |= load_64(stream + lane->place) << lane->held;
+    lane->place += (63 - lane->held) >> 3;
+    lane->held |= 56;
+}
+
+static inline void lane_turn_find(lane_t *lane, const uint64_t *several, uint64_t mask) {
+    const uint64_t entry = several[lane->word & mask];
+    store_64(lane->to, entry);
+    lane->to += entry >> 48 & 0xff;
+    lane->word >>= entry >> 56;
+    lane->held -= (uint32_t)(entry >> 56);
+}
+
+/* Lanes of codes to symbols [n]. several[window]: up to 6 symbols, how many, and their bits; single[window]: a symbol
+ * and its bits. Reads nothing outside of stream [size] and writes nothing outside of out [n], whatever the stream says,
+ * if 0 <= begin[l] <= size. Returns a lane that does not end where the next begins, or -1. */
+int64_t weightsmith_decoded(const uint8_t *stream, int64_t size, const int64_t *begin, int64_t n, int64_t lane,
+                            const uint64_t *several, const uint16_t *single, int32_t window, uint8_t *out) {
+    const uint64_t mask = ((uint64_t)1 << window) - 1;
+    const int64_t lanes = (n + lane - 1) / lane;
+    int64_t wrong = -1;
+    for (int64_t first = 0; first < lanes; first += STREAMS) {
+        const int count = lanes - first < STREAMS ? (int)(lanes - first) : STREAMS;
+        lane_t here[STREAMS];
+        uint8_t *end[STREAMS];
+        for (int j = 0; j < count; j++) {
+            const int64_t from = (first + j) * lane, left = n - from < lane ? n - from : lane;
+            end[j] = out + from + left;
+            here[j] = (lane_t){begin[first + j], 0, 0, out + from, left < SPARE ? NULL : end[j] - SPARE};
+            if (left < SPARE) here[j].place = size; /* never ready */
+        }
+        if (count == STREAMS) {
+            lane_t a = here[0], b = here[1], c = here[2], d = here[3]; /* of their own, so that they stay in registers */
+            while (lane_ready(&a, size) & lane_ready(&b, size) & lane_ready(&c, size) & lane_ready(&d, size)) {
+                lane_turn_load(&a, stream), lane_turn_load(&b, stream);
+                lane_turn_load(&c, stream), lane_turn_load(&d, stream);
+                for (int turn = 0; turn < 4; turn++) {
+                    lane_turn_find(&a, several, mask), lane_turn_find(&b, several, mask);
+                    lane_turn_find(&c, several, mask), lane_turn_find(&d, several, mask);
+                }
+            }
+            here[0] = a, here[1] = b, here[2] = c, here[3] = d;
+        }
+        for (int j = 0; j < count; j++) {
+            lane_t *own = here + j;
+            if (own->stop == NULL)
+                own->place = begin[first + j];
+            else
+                while (lane_ready(own, size)) {
+                    lane_turn_load(own, stream);
+                    for (int turn = 0; turn < 4; turn++) lane_turn_find(own, several, mask);
+                }
+            int64_t bit = own->place * 8 - own->held;
+            for (; own->to < end[j]; own->to++) {
+                const int64_t at = bit >> 3;
+                uint32_t word = 0;
+                for (int k = 0; k < 3 && at + k < size; k++) word |= (uint32_t)stream[at + k] << 8 * k;
+                const uint16_t entry = single[word >> (bit & 7) & mask];
+                *own->to = (uint8_t)entry;
+                bit += entry >> 8;
+            }
+            if ((bit + 7) >> 3 != begin[first + j + 1]) wrong = first + j;
+        }
+    }
+    return wrong;
+}
+
+#define LINES 256 /* rows of a weight whose columns are rounded together: 32 columns of them stay in the first cache */
+#define HALVES_TO_EVEN 12582912.0f /* 1.5 * 2^23: adding it rounds to whole numbers; far beyond them all are clamped */
+
+/* Round columns one after another; those after each make up for its error. See quantize/_gptq.py, rounded_columns. */
+WIDE void weightsmith_rounded_columns(float *values, int64_t columns, int64_t rows, const float *factor, int64_t stride,
+                                      const float *scale, const float *zero, const float *minimum, int64_t scale_step,
+                                      int64_t zero_step, int64_t minimum_step, float lowest, float highest,
+                                      float *errors, uint8_t *codes) {
+    for (int64_t first = 0; first < rows; first += LINES) {
+        int64_t count = rows - first < LINES ? rows - first : LINES;
+        for (int64_t column = 0; column < columns; column++) {
+            const float *now = values + column * rows + first;
+            const float size = factor[column * stride + column];
+            const float *step = scale + column * scale_step + first, *middle = zero + column * zero_step + first;
+            const float *low = minimum + column * minimum_step + first;
+            float *restrict error = errors + column * rows + first;
+            uint8_t *restrict code = codes + column * rows + first;
+            for (int64_t i = 0; i < count; i++) {
+                float value = (now[i] - low[i]) / step[i];
+                value = ((value + HALVES_TO_EVEN) - HALVES_TO_EVEN) + middle[i];
+                value = value > lowest ? value : lowest;
+                value = value < highest ? value : highest;
+                code[i] = (uint8_t)(int32_t)value;
+                error[i] = (now[i] - ((value - middle[i]) * step[i] + low[i])) / size;
+            }
+            for (int64_t later = column + 1; later < columns; later++) {
+                float share = factor[column * stride + later];
+                float *restrict moved = values + later * rows + first;
+                for (int64_t i = 0; i < count; i++) moved[i] -= share * error[i];
+            }
+        }
     }
 }

@@ -101,6 +101,29 @@ class Texts(Sequence[Any]):
         return float(numpy.isin(_spans(tokens), own).mean())
 
 
+def batches(weights: Any, given: Any, samples: int = 128, length: int = 512, *, seed: int = 0) -> Sequence[Any]:
+    """Batches of text files, or those that are given, as a sequence.
+
+    Args:
+        weights: what carries the tokenizer; only asked for texts.
+        given: a text file, several, or batches as `weightsmith.stats.collect` takes them.
+        samples, length, seed: as in `texts`.
+
+    Raises:
+        Error: nothing is given, or what `texts` raises.
+
+    >>> batches({}, [1, 2])
+    [1, 2]
+    """
+    given = [given] if isinstance(given, str | os.PathLike) else given
+    listed = given if isinstance(given, Texts) else list(given)
+    if not listed:
+        raise Error("calibration needs a text file or batches of data, got none")
+    if isinstance(listed, list) and all(isinstance(one, str | os.PathLike) for one in listed):
+        return texts(weights, listed, samples=samples, length=length, seed=seed)
+    return listed
+
+
 def texts(
     weights: Any,
     paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],

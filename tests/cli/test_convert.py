@@ -81,3 +81,51 @@ def test_a_value_that_does_not_fit_is_an_error_that_names_the_tensor(run, tmp_pa
     assert status == 2
     assert "tensor w" in err
     assert not (tmp_path / "o.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", ["small", "small.safetensors", "small.pt", "small.npz"])
+def test_encoded_and_back(run, tmp_path, name):
+    values = torch.randn(300, 100, generator=torch.Generator().manual_seed(0))
+    weights = {"w": values.bfloat16().float(), "b": torch.zeros(3)}
+    Weights.of(weights).with_files({"config.json": b'{"dtype": "float32"}'}).save(tmp_path / "model")
+    status, _, err = run("convert", tmp_path / "model", "-o", tmp_path / name, "--encode", "exponents")
+    assert (status, err) == (0, "")
+    assert "w_stream" in weightsmith.open(tmp_path / name)
+    assert not (tmp_path / "small" / "config.json").exists()
+    assert run("convert", tmp_path / name, "-o", tmp_path / "back", "--decode", "-p", "w")[0] == 0
+    back = weightsmith.open(tmp_path / "back")
+    assert list(back) == ["w"]
+    assert torch.equal(back["w"], weights["w"])
+    if name == "small":
+        assert json.loads((tmp_path / "back" / "config.json").read_text()) == {"dtype": "float32"}
+
+
+def test_a_cast_comes_before_encoding(run, tmp_path):
+    weights = {"w": torch.randn(300, 100), "b": torch.zeros(3)}
+    Weights.of(weights).with_files({"config.json": b'{"dtype": "float32"}'}).save(tmp_path / "model")
+    options = ["--encode", "exponents", "--dtype", "bf16", "--threads", "1"]
+    assert run("convert", tmp_path / "model", "-o", tmp_path / "small", *options)[0] == 0
+    assert run("convert", tmp_path / "small", "-o", tmp_path / "back", "--decode")[0] == 0
+    assert torch.equal(weightsmith.open(tmp_path / "back")["w"], weights["w"].bfloat16())
+    assert json.loads((tmp_path / "back" / "config.json").read_text()) == {"dtype": "bfloat16"}
+
+
+def test_encoding_that_cannot_be(run, model, tmp_path):
+    arguments = ["convert", model, "-o", tmp_path / "out"]
+    status, _, err = run(*arguments, "--encode", "exponents", "--decode")
+    assert (status, "give one" in err) == (2, True)
+    status, _, err = run(*arguments, "--decode")
+    assert (status, "nothing here is encoded" in err) == (2, True)
+    status, _, err = run(*arguments, "--encode", "exponents")  # tensors of a few values
+    assert (status, "gets smaller" in err) == (2, True)
+    assert not (tmp_path / "out").exists()
+    status, _, err = run("convert", model, "-o", model, "--encode", "exponents")
+    assert (status, "--overwrite" in err) == (2, True)
+
+
+def test_the_words_of_encode_are_those_of_share():
+    from weightsmith.cli._convert import command
+    from weightsmith.share.room import CODECS
+
+    encode = next(one for one in command().params if one.name == "encode")
+    assert tuple(encode.type.choices) == CODECS

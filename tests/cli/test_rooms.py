@@ -66,6 +66,18 @@ def test_options_that_differ_by_tensor(run, model, models, tmp_path, word, spars
     equal(tmp_path / "out", weightsmith.prune.magnitude(models[0], sparsity))
 
 
+def test_statistics_of_one_model(run, model, models, tmp_path):
+    gram = torch.diag(torch.arange(1.0, 9.0))
+    weightsmith.Weights.of({f"h.{i}.fc.weight": gram for i in range(3)}).save(tmp_path / "gram.safetensors")
+    options = ["--bits", "2", "--groups", "2", "--steps", "3", "--pattern", "h.*"]
+    for stats in ([], ["--stats", tmp_path / "gram.safetensors"]):  # which the method can do without
+        said = run("share", "grouped_codebooks", model, *options, *stats, "-o", tmp_path / "out", "--overwrite")
+        assert (said[0], said[2]) == (0, "")
+        given = {"stats": tmp_path / "gram.safetensors"} if stats else {}
+        made = weightsmith.share.grouped_codebooks(models[0], bits=2, groups=2, steps=3, pattern="h.*", **given)
+        equal(tmp_path / "out", made)
+
+
 def test_quantizing_to_json(run, model, models, tmp_path):
     status, out, _ = run("quantize", "rtn", model, "--bits", "8", "--group", "none", "-o", tmp_path / "out", "--json")
     assert status == 0

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from weightsmith.card import card
 from weightsmith.errors import Error, FormatError
-from weightsmith.quantize import dequantize, lift, rtn
-from weightsmith.quantize._parts import decode, pack
-from weightsmith.quantize.room import METADATA
-from weightsmith.weights import Spec, Weights
+from weightsmith.quantize import Coded, dequantize, gptq, lift, rtn
+from weightsmith.quantize._layout import METADATA
+from weightsmith.quantize._parts import pack
+from weightsmith.quantize.grids import Grid, Integer
+from weightsmith.weights import Spec, Weights, open
 
 
 class Unread:
@@ -75,12 +76,12 @@ def test_a_matrix_becomes_three_tensors():
     assert found.spec("layers.0.up.weight_packed") == Spec((24, 4), torch.int32)
     assert found.spec("layers.0.up.weight_scale") == Spec((24, 2), torch.float32)
     assert found["layers.0.up.weight_shape"].tolist() == [24, 32]
-    codes, scale = rtn.kernel(weights["layers.0.up.weight"], bits=4, group=16)
-    assert torch.equal(found["layers.0.up.weight_packed"], pack(codes, 4))
-    assert torch.equal(found["layers.0.up.weight_scale"], scale)
+    coded = rtn.kernel(weights["layers.0.up.weight"], grid=Integer(4, 16))
+    assert torch.equal(found["layers.0.up.weight_packed"], pack(coded.codes, 4))
+    assert torch.equal(found["layers.0.up.weight_scale"], coded.params["scale"])
 
 
-@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("bits", range(1, 9))
 @pytest.mark.parametrize("group", [None, 8])
 @pytest.mark.usefixtures("small_pieces")
 def test_there_and_back_through_a_file(bits: int, group: int | None, tmp_path: Path):
@@ -93,7 +94,7 @@ def test_there_and_back_through_a_file(bits: int, group: int | None, tmp_path: P
     for name in weights:
         expected = weights[name]
         if name.startswith("layers"):
-            expected = decode(*rtn.kernel(expected, bits=bits, group=group))
+            expected = rtn.kernel(expected, grid=Integer(bits, group)).values()
         assert torch.equal(back[name], expected), name
 
 
@@ -102,13 +103,13 @@ def test_the_scale_is_stored_in_the_dtype_of_the_weights_or_the_one_asked_for():
     assert rtn(weights).spec("w_scale").dtype == torch.bfloat16
     assert rtn(weights, scale_dtype="float32").spec("w_scale").dtype == torch.float32
     assert rtn(weights, scale_dtype=torch.float16).spec("w_scale").dtype == torch.float16
-    codes, scale = rtn.kernel(weights["w"], scale_dtype=torch.bfloat16)
+    coded = rtn.kernel(weights["w"], grid=Integer(scale_dtype=torch.bfloat16))
     found = rtn(weights)
-    assert torch.equal(found["w_scale"], scale.bfloat16())
-    assert torch.equal(found["w_packed"], pack(codes, 4))
+    assert torch.equal(found["w_scale"], coded.params["scale"].bfloat16())
+    assert torch.equal(found["w_packed"], pack(coded.codes, 4))
     assert dequantize(found).spec("w").dtype == torch.bfloat16
     assert dequantize(found, "float32").spec("w").dtype == torch.float32
-    assert torch.equal(dequantize(found, "float32")["w"], decode(codes, scale))
+    assert torch.equal(dequantize(found, "float32")["w"], coded.values())
 
 
 def test_convolutions_keep_their_shape():
@@ -130,8 +131,8 @@ def test_bits_and_groups_by_tensor(tmp_path: Path):
     assert found.spec("layers.0.up.weight_scale").shape == (24, 2)
     found.save(tmp_path / "q")
     back, weights = dequantize(tmp_path / "q"), checkpoint()
-    for name, options in {"layers.0.up.weight": {"bits": 2, "group": 16}, "layers.1.up.weight": {"bits": 8}}.items():
-        assert torch.equal(back[name], decode(*rtn.kernel(weights[name], **options)))
+    for name, grid in {"layers.0.up.weight": Integer(2, 16), "layers.1.up.weight": Integer(8)}.items():
+        assert torch.equal(back[name], rtn.kernel(weights[name], grid=grid).values())
 
 
 def test_tied_matrices_are_coded_once_under_either_name():
@@ -162,10 +163,15 @@ def test_values_that_no_grid_holds_are_refused_by_name(tmp_path: Path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"bits": 1}, r"w \[4, 6\]: bits must be a whole number from 2 to 8, got 1"),
+        ({"bits": 0}, r"w \[4, 6\]: bits must be a whole number from 1 to 8, got 0"),
         ({"bits": {"w": 4, "*": 9}}, r"x \[4, 10\]: bits must be"),
-        ({"group": 4}, r"w \[4, 6\]: groups of 4 do not fill a row of 6 inputs"),
-        ({"group": {"w": 3, "*": 3}}, r"x \[4, 10\]: groups of 3 do not fill a row of 10 inputs"),
+        ({"group": 4}, r"w, x: groups of 4 do not fill a row of 6 inputs; use group=None; or say with indivisible="),
+        ({"group": {"w": 3, "*": 3}}, r"x: groups of 3 do not fill a row of 10 inputs"),
+        ({"group": 7, "indivisible": "skip"}, r"no tensor has rows that groups fill"),
+        ({"indivisible": "trim"}, r"indivisible is one of error, ragged, pad, shrink, skip; got 'trim'"),
+        ({"grid": "in"}, r"there is no grid 'in' \(did you mean 'int'\?\)"),
+        ({"grid": Integer(3), "bits": 3}, r"is whole as it is: say bits in it"),
+        ({"action": "floats"}, r"action is 'codes' or 'values', got 'floats'"),
         ({"bit": 4}, r"rtn has no option 'bit' \(did you mean 'bits'\?\)"),
         ({"scale_dtype": "flot16"}, r"unknown dtype 'flot16' \(did you mean 'float16'\?\)"),
         ({"scale_dtype": "int8"}, r"scales are floats; they cannot be stored as int8"),
@@ -218,7 +224,7 @@ def test_a_head_that_is_coded_is_not_ignored():
 
 def test_matrices_that_stay_whole_are_named():
     said = config_of(rtn(checkpoint(), pattern="layers.0.*"))["quantization_config"]
-    assert said["ignore"] == ["embed_tokens", "layers.1.up", "lm_head"]
+    assert said["ignore"] == ["embed_tokens", r"re:(.*\.)?layers\.1\.up$", "lm_head"]
 
 
 def test_the_way_back_takes_the_words_out_again():
@@ -229,9 +235,17 @@ def test_the_way_back_takes_the_words_out_again():
 
 
 def test_settings_that_no_config_tells_are_left_to_the_header():
-    found = rtn(checkpoint(), bits={"layers.0.*": 2, "*": 8})
-    assert config_of(found) == CONFIG
-    assert json.loads(found.metadata[METADATA])["layers.0.up.weight"] == {"bits": 2}
+    found = rtn(checkpoint(), bits=3, symmetric=False)
+    assert "config.json" not in found.files  # so that no other program takes the codes for what it knows
+    assert json.loads(found.metadata[METADATA])["layers.0.up.weight"] == {"grid": "int", "bits": 3, "symmetric": False}
+    assert config_of(dequantize(found)) == CONFIG
+
+
+def test_a_config_of_several_settings_names_their_layers():
+    found = rtn(checkpoint(), bits={"layers.0.*": 2, "*": 8}, group={"layers.0.*": 16, "*": None})
+    groups = config_of(found)["quantization_config"]["config_groups"].values()
+    said = {group["weights"]["num_bits"]: group["targets"] for group in groups}
+    assert said == {2: [r"re:(.*\.)?layers\.0\.up$"], 8: [r"re:(.*\.)?layers\.1\.up$"]}
 
 
 @pytest.mark.parametrize("raw", [b"", b"[1]", b"not json", b"\xff", b"[" * 100_000, b"3"])
@@ -262,11 +276,15 @@ def test_what_others_made_is_read_by_its_config():
     ("weights", "error", "message"),
     [
         (Weights.of({"w": torch.ones(2, 2)}), Error, "nothing here is quantized: no tensor ends in _packed"),
-        (foreign(symmetric=False), Error, "several or asymmetric grids"),
-        (foreign(bits=16), FormatError, "bits must be a whole number from 2 to 8, got 16"),
-        (foreign(bits=-4), FormatError, "bits must be"),
-        (foreign(bits="many"), FormatError, "no quantization_config in the compressed-tensors form"),
-        (foreign(bits=8), FormatError, r"int32\[24, 4\] .* holds no 8-bit codes of \[24, 32\]"),
+        (foreign(symmetric=False), Error, "weight_zero_point is missing"),
+        (foreign(bits=16), FormatError, "num_bits = 16; known are 1 to 8"),
+        (foreign(bits=-4), FormatError, "num_bits = -4"),
+        (foreign(bits="many"), FormatError, "num_bits = 'many'"),
+        (
+            foreign(bits=8),
+            FormatError,
+            r"int32\[24, 4\], and layers.0.up.weight_shape says \[24, 32\] for codes of 8 bits",
+        ),
         (foreign().with_files({"config.json": b"{}"}), FormatError, "no quantization_config"),
         (foreign().with_files({"config.json": b"[]"}), FormatError, "no quantization_config"),
         (foreign().drop("*0.up.weight_scale"), FormatError, "layers.0.up.weight_scale is missing"),
@@ -274,9 +292,9 @@ def test_what_others_made_is_read_by_its_config():
         (
             foreign() | {"layers.0.up.weight_zero_point": torch.ones(1)},
             Error,
-            "weight_zero_point, which is not understood",
+            "symmetric by its config, and has a layers.0.up.weight_zero_point",
         ),
-        (foreign() | {"layers.0.up.weight_g_idx": torch.ones(1)}, Error, "weight_g_idx, which is not understood"),
+        (foreign() | {"layers.0.up.weight_g_idx": torch.ones(1)}, Error, "inputs in another order .*weight_g_idx"),
     ],
 )
 def test_what_cannot_be_decoded(weights: Weights, error: type[Error], message: str):
@@ -322,7 +340,7 @@ def test_a_header_that_lies(words: str):
 
 def test_no_word_of_the_bits():
     made = rtn(checkpoint(), bits=4)
-    with pytest.raises(Error, match="do not say with how many bits"):
+    with pytest.raises(Error, match="do not say how they are coded"):
         dequantize(Weights({n: made.node(n) for n in made}))
 
 
@@ -331,31 +349,111 @@ def test_no_word_of_the_bits():
 
 def test_called_with_a_tensor_it_is_the_kernel():
     weight = normal(4, 8)
-    for found, expected in zip(rtn(weight, bits=3), rtn.kernel(weight, bits=3), strict=True):
-        assert torch.equal(found, expected)
+    found, expected = rtn(weight, bits=3, group=4), rtn.kernel(weight, grid=Integer(3, 4))
+    assert torch.equal(found.codes, expected.codes)
+    assert torch.equal(found.params["scale"], expected.params["scale"])
 
 
 def test_a_rounding_of_ones_own(tmp_path: Path):
     @card(paper="p", unit="row")
-    def signs(
-        weight: Tensor,
-        *,
-        bits: int = 2,
-        group: int | None = None,
-        scale_dtype: torch.dtype | None = None,
-        gain: float = 1,
-    ) -> tuple[Tensor, Tensor]:
+    def largest(weight: Tensor, *, grid: Grid = Integer(), gain: float = 1) -> Coded:  # noqa: B008
         if gain <= 0:
             raise Error(f"gain must be positive, got {gain}")
-        return weight.flatten(1).sign().to(torch.int8), gain * weight.flatten(1).abs().mean(1, keepdim=True)
+        codes = torch.full_like(weight, 2**grid.bits - 1, dtype=torch.uint8)
+        return Coded(codes, {"scale": gain * weight.abs().mean(1, keepdim=True)}, grid)
 
-    quantize = lift(signs)
-    quantize({"w": torch.tensor([[1.0, -3.0]])}, gain=2).save(tmp_path / "q")
-    assert dequantize(tmp_path / "q")["w"].tolist() == [[4, -4]]
-    with pytest.raises(Error, match=r"w \[2, 4\]: gain must be positive, got -1"):
+    quantize = lift(largest)
+    quantize({"w": torch.tensor([[1.0, -3.0]])}, bits=2, gain=2).save(tmp_path / "q")
+    assert dequantize(tmp_path / "q")["w"].tolist() == [[4, 4]]
+    with pytest.raises(Error, match=r"gain must be positive, got -1"):
         quantize(unread(w=(2, 4)), gain=-1)
+    with pytest.raises(Error, match="largest takes no stats"):
+        quantize(unread(w=(2, 4)), stats={"w": torch.eye(4)})
+
+
+def test_values_take_the_place_of_the_tensor():
+    weights = checkpoint()
+    found = rtn(weights, bits=3, group=16, action="values")
+    assert list(found) == list(weights)
+    assert found.specs == weights.specs
+    assert found.files == weights.files
+    for name in weights:
+        expected = dequantize(rtn(weights, bits=3, group=16))[name]
+        assert torch.equal(found[name], expected), name
+
+
+@pytest.mark.parametrize("action", ["codes", "values"])
+def test_statistics_go_to_the_kernel_with_their_tensor(action: str):
+    weights = checkpoint()
+    rows = normal(60, 32, seed=9)
+    grams = {name: rows.T @ rows * (1 + i) for i, name in enumerate(weights.names("layers.*"))}
+    for method in (gptq, rtn):
+        options: dict[str, Any] = {"bits": 2, "group": 16, "clip": 4}
+        found = method(weights, stats=grams, action=action, **options)
+        found = dequantize(found) if action == "codes" else found
+        for name, gram in grams.items():
+            expected = method.kernel(weights[name], gram, grid=Integer(2, 16), clip=4)
+            assert torch.equal(found[name], expected.values()), (method, name)
+    with pytest.raises(Error, match="gptq needs stats="):
+        gptq(weights)
+    with pytest.raises(Error, match=r"layers\.1\.up\.weight"):
+        gptq(weights, stats={"layers.0.up.weight": grams["layers.0.up.weight"]})
+
+
+# Rows that groups do not fill
+
+
+@pytest.mark.parametrize(("policy", "groups", "width"), [("ragged", 3, 10), ("pad", 3, 12), ("shrink", 5, 10)])
+def test_rows_that_groups_do_not_fill(policy: str, groups: int, width: int, tmp_path: Path):
+    weight = normal(6, 10)
+    group = 4 if policy != "shrink" else 3
+    rtn({"w": weight}, bits=3, group=group, symmetric=False, indivisible=policy, pattern="*").save(tmp_path / "q")
+    saved = open(tmp_path / "q")
+    assert saved.spec("w_scale").shape == (6, groups)
+    assert saved.spec("w_packed").shape == (6, -(-width * 3 // 32))
+    back = dequantize(saved)["w"]
+    assert back.shape == weight.shape
+    size = 2 if policy == "shrink" else 4
+    runs = [weight[:, i : i + size] for i in range(0, 10, size)]
+    whole = [torch.nn.functional.pad(run, (0, size - run.shape[1])) if policy == "pad" else run for run in runs]
+    expected = torch.cat([rtn(run, bits=3, symmetric=False).values() for run in whole], 1)[:, :10]
+    torch.testing.assert_close(back, expected)
+
+
+def test_skipping_what_groups_do_not_fill():
+    found = rtn({"w": normal(4, 8), "x": normal(4, 6)}, group=4, indivisible="skip", pattern="*")
+    assert list(found) == ["w_packed", "w_scale", "w_shape", "x"]
+
+
+def test_padded_inputs_do_not_change_what_gptq_finds():
+    weight, rows = normal(6, 10), normal(50, 10, seed=1)
+    gram = rows.T @ rows
+    options: dict[str, Any] = {"bits": 3, "group": 4, "pattern": "*", "static": True}
+    ragged = dequantize(gptq({"w": weight}, stats={"w": gram}, indivisible="ragged", **options))
+    padded = dequantize(gptq({"w": weight}, stats={"w": gram}, indivisible="pad", **options))
+    assert torch.equal(ragged["w"][:, :8], padded["w"][:, :8])
+
+
+# Experts in one tensor
+
+
+def test_fused_experts_are_quantized_as_the_matrices_that_they_are(tmp_path: Path):
+    experts = normal(3, 8, 16)
+    name = "layers.0.mlp.experts.gate_up_proj"
+    rtn({name: experts}, bits=4, group=8).save(tmp_path / "q")
+    back = dequantize(tmp_path / "q")
+    assert back.spec(name).shape == (3, 8, 16)
+    for index in range(3):
+        assert torch.equal(back[name][index], rtn(experts[index], bits=4, group=8).values())
+    rows = normal(3, 40, 16, seed=4)
+    grams = rows.mT @ rows
+    found = dequantize(gptq({name: experts}, stats={name: grams}, bits=2, group=8))
+    for index in range(3):
+        assert torch.equal(found[name][index], gptq(experts[index], grams[index], bits=2, group=8).values())
 
 
 def test_what_a_user_sees():
-    assert list(inspect.signature(rtn).parameters) == ["weights", "pattern", "bits", "group", "scale_dtype"]
+    about = ["bits", "group", "grid", "symmetric", "scale_dtype", "indivisible", "pattern", "action"]
+    assert list(inspect.signature(rtn).parameters) == ["weights", "stats", *about, "clip"]
+    assert inspect.signature(rtn).parameters["stats"].default is None
     assert rtn.__module__ == "weightsmith.quantize"

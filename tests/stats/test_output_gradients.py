@@ -1,4 +1,4 @@
-"""Gram matrices weighted with squared output gradients, against backward passes of single examples."""
+"""Squared output gradients, and Gram matrices weighted with them, against backward passes of single examples."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.nn import functional
 
 import weightsmith as ws
 from weightsmith.errors import Error
-from weightsmith.stats import Gram, GuidedGram, collect, combine, features, fisher, gram, guided_gram
+from weightsmith.stats import Gram, GuidedGram, collect, combine, features, fisher, gram, guided_gram, output_gradients
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -256,3 +256,47 @@ def test_refusals():
         broken[0].bias[0] = torch.nan
     with pytest.raises(Error, match=r"4\.weight: its inputs, or the gradients of its outputs, in batch 1 are not"):
         guided_gram(broken, batches())
+
+
+# The gradients alone
+
+
+@pytest.mark.parametrize("at", ["0", "4"])
+def test_squares_of_output_gradients_example_by_example(at: str):
+    model, data = network(), batches()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    found = output_gradients(model, data)[f"{at}.weight"]
+    # A Gram matrix of each output's own rows, for inputs that are all one, has these on its diagonal.
+    layer, total = copy.deepcopy(model).eval().get_submodule(at), torch.zeros(())
+    twin = copy.deepcopy(model).eval()
+    slopes: list[Tensor] = []
+    twin.get_submodule(at).register_forward_hook(lambda m, g, o: o.register_hook(slopes.append) and None)
+    for batch, labels in data:
+        for x, y in zip(batch, labels, strict=True):
+            slopes.clear()
+            functional.cross_entropy(twin(x[None]), y[None]).backward()
+            total = total + slopes[0].double().square().sum(0)
+    torch.testing.assert_close(found, total.float(), rtol=1e-4, atol=1e-7)
+    assert found.shape == (len(layer.weight),)  # type: ignore[arg-type]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_padded_tokens_have_no_part_in_output_gradients():
+    layer = nn.Linear(2, 1)
+    batch = {"input": torch.ones(1, 3, 2), "attention_mask": torch.tensor([[1, 1, 0]])}
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, input: Tensor, attention_mask: Tensor) -> Tensor:
+            return self.layer(input)
+
+    found = output_gradients(Model(), [batch], loss=lambda model, given: 3 * model(**given).sum())
+    assert found["layer.weight"].tolist() == [18.0]
+
+
+def test_output_gradients_that_are_not_finite_are_named():
+    with pytest.raises(Error, match=r"weight"):
+        output_gradients(nn.Linear(2, 1), [torch.ones(1, 2)], loss=lambda model, batch: model(batch).sum() * torch.inf)

@@ -11,8 +11,21 @@ from weightsmith.adapt._combine import combine
 from weightsmith.adapt._extract import extract
 from weightsmith.adapt._lora import LowRank, fold, lora
 from weightsmith.adapt._parametrized import parametrized, unparametrized
+from weightsmith.adapt._qa_lora import GroupedLowRank, qa_lora
 from weightsmith.card import table
 
-METHODS = table(apply, combine, extract, lora)
+METHODS = table(apply, combine, extract, lora, qa_lora)
 
-__all__ = ["METHODS", "LowRank", "apply", "combine", "extract", "fold", "lora", "parametrized", "unparametrized"]
+__all__ = [
+    "METHODS",
+    "GroupedLowRank",
+    "LowRank",
+    "apply",
+    "combine",
+    "extract",
+    "fold",
+    "lora",
+    "parametrized",
+    "qa_lora",
+    "unparametrized",
+]

@@ -22,7 +22,7 @@ SECTIONS = {
 }
 """The commands under their headings; the rooms with methods stand under "Change" as well."""
 
-OWN = ("prune",)
+OWN = ("prune", "quantize")
 """Rooms whose commands do more than call a method."""
 
 INTERRUPTED, BROKEN_PIPE = 130, 141  # 128 and the number of the signal, as shells have it

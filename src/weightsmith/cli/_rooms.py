@@ -39,10 +39,18 @@ _WORDS = {
     "scope": "Among what the budget is shared: each tensor, each row (output), or all together.",
     "structure": "What goes as one: element, row, column, or a block such as 16x16.",
     "action": "Zeros in place of what is removed, or the mask of what is kept.",
+    "bits": "Width of a code, from 1 to 8; with --calibrate also a mean such as 3.5.  [default: the grid's own]",
+    "group": "Inputs that share a step; none for the grid's own (whole rows for integers).",
+    "grid": "The points that weights may take: int, nf4, mxfp4, ...",
+    "symmetric": "Whether zero lies in the middle of an integer grid.  [default: yes]",
+    "scale_dtype": "In what steps are stored.  [default: that of the weights]",
+    "indivisible": "What is done where groups do not fill a row.",
     "rest": "What becomes of tensors that not all have in one shape.",
     "nonfinite": "Whether NaN and infinity may be written.",
     "stats": "What data says of each model, one file a model in their order, then one for the base. Repeatable.",
 }
+
+_STATS = "What data says of the model: what weightsmith.stats found, saved."
 
 _SPEC = "Quality on held-out data, higher is better: score.py:function, or text:held_out.txt for a language model."
 
@@ -188,7 +196,10 @@ def _option(parameter: Parameter, help: str, method: Method) -> click.Option:
     words = re.findall(r"""["']([^"']+)["']""", parameter.annotation) if "Literal" in parameter.annotation else []
     names = [flag]
     if parameter.name in _FILES or "Source" in parameter.annotation:
-        fields |= {"type": PATH, "multiple": parameter.name == "stats" or "Sequence" in parameter.annotation}
+        several = parameter.name == "stats" and "Sequence" in method.public[0].annotation
+        fields |= {"type": PATH, "multiple": several or "Sequence" in parameter.annotation}
+        if parameter.name == "stats" and not several:
+            help = _STATS
     elif parameter.name == "evaluate":
         fields["metavar"] = "SPEC"
         help = _SPEC

@@ -147,7 +147,8 @@ _READERS = (
     (r"post_attention_layernorm|ln_2|norm_2|norm2|layernorm_after|ffn_norm|final_layer_norm|mlp_norm",
      r"((mlp|feed_forward|intermediate|ffn|block_sparse_moe)\.)?(experts\.\d+\.)?"
      r"(gate_proj|up_proj|gate_up_proj|c_fc|fc1|dense|dense_h_to_4h|w1|w3|linear1|gate|router)"),
-    (r"norm|ln_f|final_layernorm|final_norm|final_layer_norm", r"lm_head|embed_out|output|head|classifier|score"),
+    (r"norm|layernorm|ln_f|final_layernorm|final_norm|final_layer_norm",
+     r"lm_head|embed_out|output|head|classifier|score"),
 )  # fmt: skip
 
 

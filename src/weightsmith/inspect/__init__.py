@@ -25,6 +25,7 @@ from weightsmith.inspect._modularity import modularity
 from weightsmith.inspect._overlaps import overlaps
 from weightsmith.inspect._pruning import pruning
 from weightsmith.inspect._quantization import quantization_error
+from weightsmith.inspect._quantized import quantized
 from weightsmith.inspect._report import Line, Plot, Report, Surface, page_of
 from weightsmith.inspect._sparsity import sparsity_knees
 from weightsmith.inspect._spectra import Spectrum, spectrum
@@ -83,6 +84,7 @@ __all__ = [
     "power_law",
     "pruning",
     "quantization_error",
+    "quantized",
     "ranking",
     "relative_change",
     "rescued",
@@ -102,6 +104,7 @@ METHODS = table(
     sparsity_knees,
     pruning,
     quantization_error,
+    quantized,
     geometry,
     relative_change,
     overlaps,

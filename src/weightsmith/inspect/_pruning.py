@@ -69,8 +69,8 @@ def pruning(
             raise Error(f"{name}: is {old.spec(name)} before, and after pruning it is {_said(new, name)}")
     if not names:
         raise Error(f"no matrix to look at among {listed(old)}; say which with pattern=")
-    known = {} if stats is None else _known(open(stats), old, names)
-    sums = _sums(old, new, names, known, threads)
+    known = {} if stats is None else known_of(open(stats), old, names, "pruning")
+    sums = sums_of(old, new, names, known, threads)
     rows = [_row(old, name, sums[name]) for name in names]
     together = {
         word: torch.stack(
@@ -82,8 +82,8 @@ def pruning(
     figures = {
         "matrices": len(rows),
         "zeros": float(together["zeros"]) / max(values, 1),
-        "change": _relative(together["change"], together["energy"]),
-        "output change": _relative(together["outputs"], together["output energy"]) if known else None,
+        "change": relative(together["change"], together["energy"]),
+        "output change": relative(together["outputs"], together["output energy"]) if known else None,
         "rows gone": sum(row["rows gone"] for row in rows),
         "inputs gone": sum(row["inputs gone"] for row in rows),
         "bytes": sum(row["bytes"] for row in rows),
@@ -102,18 +102,16 @@ def _said(weights: Weights, name: str) -> str:
     return str(weights.spec(name)) if name in weights else "not there"
 
 
-def _known(told: Weights, weights: Weights, names: Sequence[str]) -> dict[str, Any]:
+def known_of(told: Weights, weights: Weights, names: Sequence[str], method: str) -> dict[str, Any]:
     """What the data say of a matrix, under whichever of its names."""
     nodes = {id(weights.node(name)) for name in weights if name in told}
-    known = of_targets(
-        told, "stats.gram", weights, [name for name in names if id(weights.node(name)) in nodes], "pruning"
-    )
+    known = of_targets(told, "stats.gram", weights, [name for name in names if id(weights.node(name)) in nodes], method)
     if not known:
-        raise Error(f"pruning: stats say nothing of {listed(names)}; they are of {listed(told)}")
+        raise Error(f"{method}: stats say nothing of {listed(names)}; they are of {listed(told)}")
     return known
 
 
-def _sums(
+def sums_of(
     old: Weights, new: Weights, names: Sequence[str], known: Mapping[str, Any], threads: int | None
 ) -> dict[str, dict[str, Tensor]]:
     """By name, what adds up over rows."""
@@ -165,7 +163,7 @@ def _named(found: tuple[Tensor, Tensor] | None) -> dict[str, Tensor]:
     return dict(zip(_WORDS, sums.cpu(), strict=True)) | {"inputs gone": (users == 0).sum().double().cpu()}
 
 
-def _relative(error: Tensor, energy: Tensor) -> float | None:
+def relative(error: Tensor, energy: Tensor) -> float | None:
     if not energy.isfinite() or not error.isfinite():
         return None
     return math.sqrt(float(error / energy)) if energy else (0.0 if not error else None)
@@ -180,8 +178,8 @@ def _row(weights: Weights, name: str, sums: Mapping[str, Tensor]) -> dict[str, A
         "inputs": math.prod(spec.shape[1:]),
         "values": spec.numel,
         "zeros": float(sums["zeros"]) / max(spec.numel, 1),
-        "change": _relative(sums["change"], sums["energy"]),
-        "output change": _relative(sums["outputs"], sums["output energy"]),
+        "change": relative(sums["change"], sums["energy"]),
+        "output change": relative(sums["outputs"], sums["output energy"]),
         "rows gone": int(sums["rows gone"]),
         "inputs gone": int(sums["inputs gone"]),
         "bytes": spec.nbytes,

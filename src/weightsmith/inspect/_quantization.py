@@ -105,8 +105,7 @@ def _errors(weight: Tensor, *, bits: Sequence[int], group: int | None, scale_dty
     flat = weight.reshape(len(weight), -1)
     sums = []
     for width in bits:
-        codes, scale = rtn(flat, bits=width, group=group, scale_dtype=scale_dtype)
-        near = (codes.reshape(*scale.shape, -1) * scale.unsqueeze(-1)).reshape(flat.shape)
+        near = rtn(flat, bits=width, group=group, scale_dtype=scale_dtype).values()
         sums.append((flat - near).double().square().sum())
     return torch.stack([*sums, flat.double().square().sum()])
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from weightsmith import calibration
 from weightsmith.card import card
 from weightsmith.errors import Error, did_you_mean
 from weightsmith.lifting import options_of
@@ -91,7 +91,7 @@ def one_shot(
     whole = _checked(opened, sparsity, score, repair, allocate, scope, structure, pattern, propagate, heal)
     if resume and store is None:
         raise Error("resume=True continues what is in store=, and no folder is given")
-    batches = batches_of(opened, calibrate, samples, length, seed)
+    batches = list(calibration.batches(opened, calibrate, samples, length, seed=seed))
     if allocate is not None:
         way = {"structure": structure} | ({} if scope is None else {"scope": scope})
         sparsity = shares(opened, allocate, score, sparsity, batches, pattern, dtype, device, way)
@@ -157,20 +157,6 @@ def _gives_shares(method: Callable[..., Any]) -> bool:
     return (
         next(iter(signature.parameters)) in ("weights", "curves") and signature.return_annotation == "dict[str, float]"
     )
-
-
-def batches_of(weights: Weights, given: Any, samples: int, length: int, seed: int) -> list[Any]:
-    """Batches from text files, or those that are given."""
-    if isinstance(given, str | os.PathLike):
-        given = [given]
-    listed = list(given)
-    if listed and all(isinstance(one, str | os.PathLike) for one in listed):
-        from weightsmith import calibration
-
-        return list(calibration.texts(weights, listed, samples=samples, length=length, seed=seed))
-    if not listed:
-        raise Error("pruning by data needs calibrate=, a text file or batches; got none")
-    return listed
 
 
 def shares(

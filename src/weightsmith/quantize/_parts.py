@@ -1,94 +1,115 @@
-"""Steps that quantizing methods share: grids, groups of inputs, and packing of codes."""
+"""Packing codes: as many bits each as they have, one after another, in words of 32.
+
+Codes are packed by folding: two neighbours become one of twice the width, until whole bytes are full. Every step is
+one pass of wide integers over a piece that lies in the caches, so nothing wider than the codes is ever held.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from weightsmith.errors import Error
-from weightsmith.weights import dtype_name
-
 WORD = 32  # bits of a packed word
-
-
-def grouped(weight: Tensor, group: int | None) -> Tensor:
-    """``[out, in]`` (or ``[out, ...]``) as ``[out, groups, group]``; None for one group a row."""
-    inputs = weight.shape[1:].numel()
-    check_group(inputs, group)
-    size = inputs if group is None else min(group, inputs)
-    return weight.reshape(len(weight), inputs // size if size else 1, size)
-
-
-def check_group(inputs: int, group: int | None) -> None:
-    """An error unless groups of this size fill a row."""
-    if group is not None and (group < 1 or inputs % group):
-        fitting = [size for size in (16, 32, 48, 64, 96, 128, 192, 256) if inputs % size == 0]
-        hint = f"; these fit: {', '.join(map(str, fitting))}, or None for whole rows" if fitting else "; use group=None"
-        raise Error(f"groups of {group} do not fill a row of {inputs} inputs{hint}")
-
-
-def check_bits(bits: int) -> None:
-    """An error unless codes of this width can be packed."""
-    if not isinstance(bits, int) or not 2 <= bits <= 8:
-        raise Error(f"bits must be a whole number from 2 to 8, got {bits!r}")
-
-
-def symmetric_scale(groups: Tensor, bits: int, dtype: torch.dtype | None = None) -> Tensor:
-    """The step of a signed grid that just holds the largest value of each group: ``[out, groups]``.
-
-    ``2 max|w| / (2^bits - 1)``; 1 for a group of zeros. Rounded through ``dtype``, the one it will
-    be stored in, so that codes fit the scale that decodes them. An error for values that no grid holds.
-    """
-    if dtype is not None and not dtype.is_floating_point:
-        raise Error(f"scales are floats; they cannot be stored as {dtype_name(dtype)}")
-    largest = groups.abs().amax(dim=-1) if groups.shape[-1] else groups.new_zeros(groups.shape[:-1])
-    step = largest / ((2**bits - 1) / 2)
-    step = step if dtype is None else step.to(dtype).to(groups.dtype)
-    if not step.isfinite().all():
-        stored = "float32" if dtype is None else dtype_name(dtype)
-        raise Error(f"there are values that are not finite, or too large for a scale in {stored}")
-    return torch.where(step > 0, step, torch.ones_like(step))
-
-
-def decode(codes: Tensor, scale: Tensor) -> Tensor:
-    """Codes ``[out, in]`` and scale ``[out, groups]`` to values ``[out, in]``, float32."""
-    runs = codes.reshape(*scale.shape, codes.shape[1] // max(scale.shape[1], 1))
-    return (runs.float() * scale.float().unsqueeze(-1)).reshape(codes.shape)
+_PIECE = 2**17  # codes folded together; with its buffers in the second-level cache
+_WIDE = {8: torch.uint8, 16: torch.int16, 32: torch.int32, 64: torch.int64}
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """Signed codes ``[out, in]`` to int32 ``[out, ceil(in * bits / 32)]``, lowest bits first, without gaps."""
+    """Codes ``[out, in]`` uint8 to int32 ``[out, ceil(in * bits / 32)]``, lowest bits first, without gaps.
+
+    >>> pack(torch.tensor([[1, 2, 3]], dtype=torch.uint8), 4)
+    tensor([[801]], dtype=torch.int32)
+    """
     rows, inputs = codes.shape
-    words = packed_width(inputs, bits)
-    unsigned = codes.to(torch.int64) + 2 ** (bits - 1)
-    runs = torch.nn.functional.pad(unsigned, (0, -inputs % WORD)).unflatten(1, (-(-inputs // WORD), WORD))
-    packed = torch.zeros(rows, runs.shape[1], bits, dtype=torch.int64, device=codes.device)
-    for index in range(WORD):  # 32 codes fill exactly `bits` words, so this pattern repeats
-        word, shift = divmod(index * bits, WORD)
-        packed[..., word] |= runs[..., index] << shift
-        if shift + bits > WORD:
-            packed[..., word + 1] |= runs[..., index] >> (WORD - shift)
-    packed &= 2**WORD - 1
-    signed = torch.where(packed >= 2 ** (WORD - 1), packed - 2**WORD, packed)
-    return signed.to(torch.int32).flatten(1)[:, :words].contiguous()
+    if not codes.numel():
+        return torch.zeros(rows, packed_width(inputs, bits), dtype=torch.int32, device=codes.device)
+    if inputs * bits % WORD:
+        codes = torch.nn.functional.pad(codes, (0, -inputs % WORD))
+    flat = _aligned(codes.reshape(-1))
+    if bits < 8:
+        packed = torch.empty(flat.numel() * bits // 8, dtype=torch.uint8, device=flat.device)
+        step = _PIECE if flat.is_cpu else flat.numel()
+        for start in range(0, flat.numel(), step):
+            piece = flat[start : start + step]
+            packed[start * bits // 8 : (start + piece.numel()) * bits // 8] = _folded(piece, bits)
+        flat = packed
+    words = flat.view(torch.int32).view(rows, -1)
+    return (words.clone() if words.data_ptr() == codes.data_ptr() else words)[
+        :, : packed_width(inputs, bits)
+    ].contiguous()
 
 
 def unpack(packed: Tensor, bits: int, inputs: int) -> Tensor:
-    """The inverse of `pack`: int8 ``[out, inputs]``."""
+    """The inverse of `pack`: uint8 ``[out, inputs]``."""
     rows = len(packed)
-    runs = -(-inputs // WORD)
-    words = torch.nn.functional.pad(packed.to(torch.int64) & (2**WORD - 1), (0, runs * bits - packed.shape[1]))
-    words = words.reshape(rows, runs, bits)
-    codes = torch.empty(rows, runs, WORD, dtype=torch.int8, device=packed.device)
-    for index in range(WORD):
-        word, shift = divmod(index * bits, WORD)
-        value = words[..., word] >> shift
-        if shift + bits > WORD:
-            value = value | (words[..., word + 1] << (WORD - shift))
-        codes[..., index] = ((value & (2**bits - 1)) - 2 ** (bits - 1)).to(torch.int8)
-    return codes.flatten(1)[:, :inputs]
+    if not rows or not inputs:
+        return torch.zeros(rows, inputs, dtype=torch.uint8, device=packed.device)
+    if inputs * bits % WORD:
+        packed = torch.nn.functional.pad(packed, (0, -(-inputs // WORD) * bits - packed.shape[1]))
+    flat = _aligned(packed.reshape(-1)).view(torch.uint8)
+    if bits < 8:
+        codes = torch.empty(flat.numel() * 8 // bits, dtype=torch.uint8, device=flat.device)
+        step = _PIECE if codes.is_cpu else codes.numel()
+        for start in range(0, codes.numel(), step):
+            piece = codes[start : start + step]
+            _unfolded(flat[start * bits // 8 : (start + piece.numel()) * bits // 8], bits, piece)
+        flat = codes
+    codes = flat.view(rows, -1)
+    return (codes.clone() if codes.data_ptr() == packed.data_ptr() else codes)[:, :inputs].contiguous()
 
 
 def packed_width(inputs: int, bits: int) -> int:
     """int32 words for a row of codes."""
     return -(-inputs * bits // WORD)
+
+
+def _aligned(flat: Tensor) -> Tensor:
+    """The same contiguous values where they can be looked at as wider ones."""
+    return flat.clone() if flat.storage_offset() * flat.itemsize % 8 else flat
+
+
+def _folds(bits: int) -> list[tuple[int, int]]:
+    """Widths of fields and of the places they lie in, until fields are whole bytes: 3 -> (3, 8), (6, 8), (12, 16)."""
+    found, place = [], 8
+    while bits % 8:
+        found.append((bits, place))
+        bits *= 2
+        place *= 1 + (bits > place)
+    return found
+
+
+def _folded(piece: Tensor, bits: int) -> Tensor:
+    """Bytes of a run of codes, whose number fills whole bytes; the codes are left as they are."""
+    for field, place in _folds(bits):
+        both = piece.view(_WIDE[2 * place])
+        upper = both >> (place - field)
+        if 2 * field <= place:  # the lower field falls out of the shift, and the upper half out of the cast
+            piece = upper.bitwise_or_(both).to(_WIDE[place])
+        else:
+            upper &= ((1 << field) - 1) << field
+            piece = upper.bitwise_or_(both & ((1 << field) - 1))
+    field = bits * 2 ** len(_folds(bits)) // 8
+    return piece.view(torch.uint8).view(-1, piece.itemsize)[:, :field].reshape(-1)
+
+
+def _unfolded(flat: Tensor, bits: int, codes: Tensor) -> None:
+    """Codes from bytes, the folds undone one by one."""
+    folds = _folds(bits)
+    width = bits * 2 ** len(folds) // 8
+    last, place = folds[-1]
+    place *= 1 + (2 * last > place)
+    if width * 8 == place:
+        piece = _aligned(flat).view(_WIDE[place])
+    else:
+        piece = flat.new_zeros(flat.numel() // width, place // 8)
+        piece[:, :width] = flat.view(-1, width)
+        piece = piece.view(-1).view(_WIDE[place])
+    for number, (field, place) in reversed(list(enumerate(folds))):
+        both = piece.to(_WIDE[2 * place])
+        upper = both << (place - field)
+        upper &= ((1 << field) - 1) << place
+        both = both & ((1 << field) - 1) if both is piece else both.bitwise_and_((1 << field) - 1)
+        if number:
+            piece = upper.bitwise_or_(both).view(_WIDE[place])
+        else:
+            torch.bitwise_or(upper, both, out=codes.view(_WIDE[16]))

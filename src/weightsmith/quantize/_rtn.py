@@ -1,16 +1,17 @@
 """Round every weight to the nearest point of a grid.
 
-Each group of weights gets its own step, just wide enough for its largest value. Needs no data;
-the baseline that every other rounding is measured against, and nearly free of loss at 8 bits.
+Each group of weights gets its own parameters, just wide enough for its largest value, or somewhat narrower where that
+leaves less error. Needs no data; the baseline that every other rounding is measured against, and nearly free of loss
+at 8 bits.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from weightsmith.card import card
-from weightsmith.quantize._parts import check_bits, grouped, symmetric_scale
+from weightsmith.quantize._coded import Coded, checked_matrix, coded, fitted
+from weightsmith.quantize.grids import Grid, Integer
 
 
 @card(
@@ -22,33 +23,26 @@ from weightsmith.quantize._parts import check_bits, grouped, symmetric_scale
     laws=("half_a_step", "scale", "row_order", "sign"),
     claim="at 4 bits a network is about as good as in floats; below that it breaks",
 )
-def rtn(
-    weight: Tensor, *, bits: int = 4, group: int | None = None, scale_dtype: torch.dtype | None = None
-) -> tuple[Tensor, Tensor]:
-    r"""Codes and scales by rounding to nearest on a symmetric grid.
+def rtn(weight: Tensor, gram: Tensor | None = None, *, grid: Grid = Integer(), clip: int = 0) -> Coded:  # noqa: B008
+    r"""The nearest point of a grid for every weight.
 
-    .. math:: s = \frac{2 \max |w|}{2^b - 1}, \qquad
-              q = \mathrm{clip}\big(\mathrm{round}(w / s),\, -2^{b-1},\, 2^{b-1} - 1\big)
-
-    with the maximum over each group of inputs, and :math:`w \approx s\,q`.
+    .. math:: q = \operatorname{arg\,min}_q |w - g(q)|
 
     Args:
         weight: ``[out, ...]``; the axes after the first are the inputs of a row.
-        bits: :math:`b`, from 2 to 8.
-        group: inputs that share a step; None for whole rows.
-        scale_dtype: the dtype in which the scales will be stored; float32 by default.
+        gram: of its inputs, any form; narrower ranges are then chosen by what they do to the outputs.
+        grid: the points.
+        clip: how many narrower ranges are tried for each group; 0 for the one that holds all values.
 
     Returns:
-        codes ``[out, in]`` int8 and scales ``[out, groups]`` float32.
+        codes and parameters. Memory: a few copies of the weight, with ``clip`` a few more.
 
     Raises:
-        ValueError: bits out of range, groups that do not fill a row, or values that are not finite.
+        Error: values that are not finite, or shapes that do not fit.
 
-    >>> rtn(torch.tensor([[7.5, -7.5, 1.0, 0.4]]))
-    (tensor([[ 7, -8,  1,  0]], dtype=torch.int8), tensor([[1.]]))
+    >>> rtn(torch.tensor([[7.5, -7.5, 1.0, 0.4]])).values()
+    tensor([[ 7., -8.,  1.,  0.]])
     """
-    check_bits(bits)
-    groups = grouped(weight.float(), group)
-    scale = symmetric_scale(groups, bits, scale_dtype)
-    codes = (groups / scale.unsqueeze(-1)).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-    return codes.to(torch.int8).flatten(1), scale
+    rows = checked_matrix("rtn", weight, gram)
+    shared = grid.shared(rows)
+    return coded(rows, grid, fitted(rows, grid, gram, clip=clip, shared=shared), shared)

@@ -1,80 +1,262 @@
-"""The signature of quantizing, the one loop that lifts it, and the way back."""
+"""The signature of quantizing, and the one loop that lifts it."""
 
 from __future__ import annotations
 
 import inspect
-import json
-import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol, overload
+from typing import Any, Literal, Protocol, get_args, overload
 
 import torch
 from torch import Tensor, nn
 
 from weightsmith.card import card_of
-from weightsmith.errors import Error, FormatError
+from weightsmith.errors import Error, did_you_mean, listed
 from weightsmith.lifting import dressed, example, per_tensor_options, tried
 from weightsmith.prune import prunable
-from weightsmith.quantize._parts import check_bits, check_group, decode, pack, packed_width, unpack
-from weightsmith.weights import Held, Inputs, Lazy, Output, Pattern, Spec, Step, Weights, Work, as_dtype, open
-from weightsmith.weights._files import Bytes, content_of
+from weightsmith.prune.room import of_targets
+from weightsmith.quantize._coded import Coded
+from weightsmith.quantize._layout import Layout, endings_of, parts_of, with_codes
+from weightsmith.quantize.grids import Grid, Integer, described, named
+from weightsmith.weights import (
+    Entire,
+    Held,
+    Inputs,
+    Lazy,
+    Output,
+    Pattern,
+    PerTensor,
+    Step,
+    Weights,
+    Work,
+    apply,
+    open,
+    resolve,
+)
 
 Source = str | os.PathLike[str] | Mapping[str, Any] | nn.Module
-Codes = tuple[Tensor, Tensor]
 
-METADATA = "weightsmith.quantization"
-"""Under this word the header says the bits of every quantized tensor."""
+Indivisible = Literal["error", "ragged", "pad", "shrink", "skip"]
+"""What is done where groups do not fill a row: nothing (an error), a shorter last group, inputs of zeros at its end,
+the largest smaller group that fills it, or leaving the tensor as it is."""
 
-_ENDINGS = ("_packed", "_scale", "_shape")
-_MOST_AXES = 8  # of a weight; more is a damaged file
+Action = Literal["codes", "values"]
+"""Codes and what decodes them, or the values that they stand for."""
 
 
 class Quantize(Protocol):
     """What a user calls."""
 
-    kernel: Callable[..., Codes]
+    kernel: Callable[..., Coded]
 
     @overload
-    def __call__(self, weights: Source, *, pattern: Pattern | None = None, **options: Any) -> Weights: ...
+    def __call__(
+        self,
+        weights: Source,
+        *,
+        stats: Source | None = None,
+        bits: PerTensor[int] | None = None,
+        group: PerTensor[int | None] = None,
+        grid: PerTensor[str | Grid] = "int",
+        symmetric: PerTensor[bool] | None = None,
+        scale_dtype: PerTensor[torch.dtype | str] | None = None,
+        indivisible: Indivisible = "error",
+        pattern: Pattern | None = None,
+        action: Action = "codes",
+        **options: Any,
+    ) -> Weights: ...
 
     @overload
-    def __call__(self, weights: Tensor, **options: Any) -> Codes: ...
+    def __call__(self, weights: Tensor, *given: Any, **options: Any) -> Coded: ...
 
 
+_KINDS = inspect.Parameter
 _PARAMETERS = (
-    inspect.Parameter("weights", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation="Source"),
-    inspect.Parameter("pattern", inspect.Parameter.KEYWORD_ONLY, default=None, annotation="Pattern | None"),
+    _KINDS("weights", _KINDS.POSITIONAL_OR_KEYWORD, annotation="Source"),
+    _KINDS("stats", _KINDS.KEYWORD_ONLY, default=None, annotation="Source | None"),
+    _KINDS("bits", _KINDS.KEYWORD_ONLY, default=None, annotation="PerTensor[float] | None"),
+    _KINDS("group", _KINDS.KEYWORD_ONLY, default=None, annotation="PerTensor[int | None]"),
+    _KINDS("grid", _KINDS.KEYWORD_ONLY, default="int", annotation="PerTensor[str | Grid]"),
+    _KINDS("symmetric", _KINDS.KEYWORD_ONLY, default=None, annotation="PerTensor[bool] | None"),
+    _KINDS("scale_dtype", _KINDS.KEYWORD_ONLY, default=None, annotation="PerTensor[str] | None"),
+    _KINDS(
+        "indivisible",
+        _KINDS.KEYWORD_ONLY,
+        default="error",
+        annotation='Literal["error", "ragged", "pad", "shrink", "skip"]',
+    ),
+    _KINDS("pattern", _KINDS.KEYWORD_ONLY, default=None, annotation="Pattern | None"),
+    _KINDS("action", _KINDS.KEYWORD_ONLY, default="codes", annotation='Literal["codes", "values"]'),
 )
 
+SETTINGS = ("bits", "group", "symmetric", "scale_dtype")
+"""Options that make a grid from a word."""
 
-def lift(kernel: Callable[..., Codes]) -> Quantize:
-    """``(weights, pattern, ...) -> Weights`` from codes and scales of a tensor. Options may be `PerTensor`.
+REMEDY = 'say with indivisible= what is to be done: "ragged", "pad", "shrink" or "skip"'
 
-    ``pattern`` names the tensors to quantize; by default matrices and convolutions without
-    embeddings and the head. Called with a tensor the public function is the kernel.
+
+def lift(kernel: Callable[..., Coded]) -> Any:
+    """``(weights, *, stats, bits, group, grid, ...) -> Weights`` from a rounding ``(weight [out, in], gram) -> Coded``.
+
+    The public function takes, beside the rounding's own options (each possibly `PerTensor`): ``grid``, a word of
+    `weightsmith.quantize.grids` with ``bits``, ``group`` (None: the grid's own, whole rows for integers),
+    ``symmetric`` and ``scale_dtype`` (default: that of the weights), or a grid; ``indivisible``, what is done where
+    groups do not fill a row; ``stats``, the Gram matrices of the inputs, needed where the card says so;
+    ``pattern``, which tensors (default: matrices and convolutions without embeddings and the head); ``action``,
+    ``"codes"`` or the ``"values"`` that they stand for. Convolutions are quantized as ``[out, in * kernel]``, fused
+    experts ``[experts, out, in]`` as the matrices that they are. Called with a tensor it is the kernel, with a grid
+    made of the same options.
     """
-    defaults = {p.name: p.default for p in inspect.signature(kernel).parameters.values()}
+    needs = "stats.gram" in card_of(kernel).needs
+    takes = needs or takes_gram(kernel)
+    about = [one.replace(default=usual_grid(kernel)) if one.name == "grid" else one for one in _PARAMETERS]
+    own = {"grid": usual_grid(kernel)} | dict.fromkeys(SETTINGS)
 
-    def quantize(weights: Any, *, pattern: Pattern | None = None, **options: Any) -> Any:
+    def quantize(weights: Any, *given: Any, **options: Any) -> Any:
         if isinstance(weights, Tensor):
-            return kernel(weights, **options)
+            made = {name: options.pop(name, usual) for name, usual in own.items()}
+            return kernel(weights, *given, grid=named(made.pop("grid"), **made), **options)
+        if given:
+            raise Error(f"{kernel.__name__} takes weights; all else goes by name")
+        action, stats = options.pop("action", "codes"), options.pop("stats", None)
+        if action not in get_args(Action):
+            raise Error(f"action is 'codes' or 'values', got {action!r}")
         opened = open(weights)
-        targets = _targets(opened, pattern)
-        chosen = per_tensor_options(kernel, options, targets)
-        plans = {name: defaults | chosen[name] for name in targets}
-        _check(kernel, opened, plans)
-        coded = {name: _coded(kernel, opened.node(name), plans[name]) for name in targets}
-        step = Step(f"quantize.{kernel.__name__}", options, (opened.lineage,))
-        metadata = {**opened.metadata, METADATA: json.dumps({n: {"bits": p["bits"]} for n, p in plans.items()})}
-        files = _with_config(opened, plans)
-        return Weights(_replaced(opened, coded), step, files, metadata)
+        plans = planned(kernel, opened, options)
+        grams: Mapping[str, Any] = {}
+        if stats is not None and not takes:
+            raise Error(f"{kernel.__name__} takes no stats")
+        if needs or stats is not None:
+            grams = _grams(stats, opened, plans, kernel.__name__)
+        said = {name: value for name, value in options.items() if name != "pattern"}
+        if action == "values":
+            coded = {name: _work(kernel, opened.node(name), plan, grams.get(name)) for name, plan in plans.items()}
 
-    return dressed(quantize, kernel, _PARAMETERS)
+            def build(name: str, node: Lazy) -> Lazy:
+                return _values(node, plans[name], coded[name]) if name in coded else node
+
+            return opened.zip_nodes(build, (), f"quantize.{kernel.__name__}", said)
+        return _coded_by(kernel, opened, plans, grams, said)
+
+    return dressed(quantize, kernel, about)
 
 
-def _targets(weights: Weights, pattern: Pattern | None) -> list[str]:
+def outlined(kernel: Callable[..., Coded], weights: Source, options: Mapping[str, Any]) -> Weights:
+    """The names, shapes and words that a rounding will give, for what is to be checked before long work.
+
+    Its codes are not to be read: no data have been asked.
+    """
+    opened = open(weights)
+    return _coded_by(kernel, opened, planned(kernel, opened, options), {}, {})
+
+
+def takes_gram(kernel: Callable[..., Any]) -> bool:
+    """Whether a rounding can be told of the inputs."""
+    return "gram" in inspect.signature(kernel).parameters
+
+
+def _coded_by(
+    kernel: Callable[..., Coded], weights: Weights, plans: Mapping[str, Plan], grams: Mapping[str, Any],
+    said: Mapping[str, Any],
+) -> Weights:  # fmt: skip
+    nodes = {
+        name: nodes_of(_work(kernel, weights.node(name), plan, grams.get(name)), plan) for name, plan in plans.items()
+    }
+    step = Step(f"quantize.{kernel.__name__}", said, (weights.lineage,))
+    return with_codes(weights, nodes, {name: plan.layout for name, plan in plans.items()}, step)
+
+
+def _grams(stats: Source | None, weights: Weights, plans: Mapping[str, Plan], method: str) -> dict[str, Any]:
+    """The Gram matrices of all tensors; of fused experts ``[experts, in, in]`` or ``[experts, in]``."""
+    told = None if stats is None else open(stats)
+    fused: dict[str, Any] = {}
+    for name, plan in plans.items():
+        inputs, experts = plan.layout.inputs, plan.layout.experts
+        if told is not None and experts > 1 and name in told:
+            shape = told.spec(name).shape
+            if shape not in ((experts, inputs, inputs), (experts, inputs)):
+                raise Error(f"{method}: stats.gram of {name} is {list(shape)}; of {experts} experts it has one of each")
+            fused[name] = told.node(name)
+        elif told is not None and name in told and _by_rows(told.spec(name).shape, plan.layout):
+            fused[name] = told.node(name)
+    return fused | of_targets(told, "stats.gram", weights, [name for name in plans if name not in fused], method)
+
+
+def _by_rows(shape: Sequence[int], layout: Layout) -> bool:
+    """Whether this is a Gram matrix for each of several runs of rows, as `weightsmith.stats.guided_gram` finds them."""
+    inputs = (layout.inputs, layout.inputs)
+    return len(shape) == 3 and shape[0] > 1 and tuple(shape[1:]) == inputs and layout.rows % shape[0] == 0
+
+
+# What is done with each tensor, before anything is read
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What becomes of one tensor."""
+
+    layout: Layout
+    options: Mapping[str, Any]
+
+    @property
+    def grid(self) -> Grid:
+        return self.layout.grid
+
+
+def planned(kernel: Callable[..., Coded], weights: Weights, options: Mapping[str, Any]) -> dict[str, Plan]:
+    """Tensor -> plan, every option looked up and checked.
+
+    Raises:
+        Error: options that do not fit, a pattern that fits no matrix, or groups that do not fill rows, all by name.
+    """
+    given = dict(options)
+    targets = targets_of(weights, given.pop("pattern", None))
+    policy = given.pop("indivisible", "error")
+    if policy not in get_args(Indivisible):
+        raise Error(f"indivisible is one of {', '.join(get_args(Indivisible))}; got {policy!r}")
+    usual_settings = {"grid": usual_grid(kernel), **dict.fromkeys(SETTINGS)}
+    about = {name: resolve(given.pop(name, usual), targets, name) for name, usual in usual_settings.items()}
+    _known(kernel, given)
+    chosen = per_tensor_options(kernel, {**given, "grid": Integer()}, targets)
+    chosen = {name: {key: value for key, value in own.items() if key != "grid"} for name, own in chosen.items()}
+    grids: dict[str, Grid] = {}
+    for name in targets:
+        made = {option: column[name] for option, column in about.items()}
+        spec = weights.spec(name)
+        if made["scale_dtype"] is None and isinstance(made["grid"], str):
+            made["scale_dtype"] = spec.dtype if spec.dtype.itemsize > 1 else torch.bfloat16
+        try:
+            grids[name] = named(made.pop("grid"), **made)
+        except Error as error:
+            raise Error(f"{name} {list(spec.shape)}: {error}") from None
+    known = [torch.eye(2)] if "stats.gram" in card_of(kernel).needs else []
+    tried(kernel, [{**chosen[name], "grid": grid} for name, grid in grids.items()], example(2, 2), *known)
+    layouts = {name: Layout.of(name, weights.spec(name), grid) for name, grid in grids.items()}
+    return {name: Plan(layout, chosen[name]) for name, layout in divided(layouts, policy).items()}
+
+
+def usual_grid(kernel: Callable[..., Coded]) -> str:
+    """The word of the grid that a rounding has by default."""
+    usual = inspect.signature(kernel).parameters["grid"].default
+    return described(usual)["grid"] if isinstance(usual, Grid) else "int"
+
+
+def _known(kernel: Callable[..., Coded], given: Mapping[str, Any]) -> None:
+    """A misspelt option is told with all that there are."""
+    from weightsmith.lifting import options_of
+
+    known = [*(name for name in options_of(kernel) if name != "grid"), *(p.name for p in _PARAMETERS[2:])]
+    for name in given:
+        if name not in known:
+            raise Error(
+                f"{kernel.__name__} has no option {name!r}{did_you_mean(name, known)}; it has {', '.join(known)}"
+            )
+
+
+def targets_of(weights: Weights, pattern: Pattern | None) -> list[str]:
+    """The tensors to quantize, tied ones once."""
     if pattern is None:
         names = prunable(weights)
     else:
@@ -86,214 +268,114 @@ def _targets(weights: Weights, pattern: Pattern | None) -> list[str]:
     return names
 
 
-def _check(kernel: Callable[..., Codes], weights: Weights, plans: Mapping[str, Mapping[str, Any]]) -> None:
-    for name, plan in plans.items():
-        shape = weights.spec(name).shape
-        try:
-            check_bits(plan["bits"])
-            check_group(torch.Size(shape[1:]).numel(), plan["group"])
-            tried(kernel, [_given(plan)], example(2, 2) if plan["group"] is None else example(1, plan["group"]))
-        except Error as error:
-            raise Error(f"{name} {list(shape)}: {error}") from None
+def divided(layouts: Mapping[str, Layout], policy: str, remedy: str = REMEDY) -> dict[str, Layout]:
+    """Layouts in which groups fill rows, or are let be as the policy says; an error names all that do not.
 
-
-def _coded(kernel: Callable[..., Codes], node: Lazy, options: Mapping[str, Any]) -> dict[str, Lazy]:
-    """The three tensors that stand for one, by their endings."""
-    shape = node.spec.shape
-    rows, inputs = shape[0], torch.Size(shape[1:]).numel()
-    group = options.get("group") or max(inputs, 1)
-    stored = as_dtype(options.get("scale_dtype") or node.spec.dtype)
-    outputs = {
-        "_packed": Spec((rows, packed_width(inputs, options["bits"])), torch.int32),
-        "_scale": Spec((rows, max(inputs // group, 1)), stored),
-    }
-    function = partial(_encode, kernel, tuple(_given({**options, "scale_dtype": stored}).items()))
-    work = Work(function, Inputs([node], card_of(kernel).unit), outputs)  # type: ignore[arg-type]
-    parts: dict[str, Lazy] = {key: Output(work, key) for key in outputs}
-    return parts | {"_shape": Held(torch.tensor(shape))}
-
-
-def _given(plan: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a plan as the kernel takes them."""
-    given = {name: value for name, value in plan.items() if value is not inspect.Parameter.empty}
-    if given.get("scale_dtype") is not None:
-        given["scale_dtype"] = as_dtype(given["scale_dtype"])
-    return given
-
-
-def _encode(kernel: Callable[..., Codes], options: tuple[tuple[str, Any], ...], weight: Tensor) -> dict[str, Tensor]:
-    given = dict(options)
-    codes, scale = kernel(weight, **given)
-    return {"_packed": pack(codes, given["bits"]), "_scale": scale}
-
-
-def _replaced(weights: Weights, coded: Mapping[str, Mapping[str, Lazy]]) -> dict[str, Lazy]:
-    """The nodes of all tensors, each coded one by its three; aliases of a coded tensor follow it."""
-    nodes: dict[str, Lazy] = {}
-    for name in weights:
-        parts = coded.get(weights.ties.get(name, name))
-        if parts is None:
-            nodes[name] = weights.node(name)
-        else:
-            nodes |= {name + ending: part for ending, part in parts.items()}
-    return nodes
-
-
-def _with_config(weights: Weights, plans: Mapping[str, Mapping[str, Any]]) -> dict[str, bytes | Bytes]:
-    """config.json that tells transformers and vLLM how to load the codes, where one setting serves all."""
-    files = dict(weights.files)
-    settings = {(plan["bits"], plan["group"]) for plan in plans.values()}
-    parsed = _config(weights)
-    if parsed is None or len(settings) != 1:
-        return files
-    bits, group = settings.pop()
-    scheme = {"num_bits": bits, "type": "int", "symmetric": True, "strategy": "group" if group else "channel"}
-    scheme |= {"group_size": group} if group else {}
-    coded = {name for name in weights if weights.ties.get(name, name) in plans}
-    matrices = {name for name in weights.names(floating=True) if len(weights.spec(name).shape) == 2}
-    # A head that is tied to the embedding is often not in the file, and is a Linear all the same.
-    whole = {name.removesuffix(".weight") for name in ({*matrices, "lm_head.weight"} - coded)}
-    parsed["quantization_config"] = {
-        "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
-        "quantization_status": "compressed",
-        "config_groups": {"group_0": {"targets": ["Linear"], "weights": scheme}},
-        "ignore": sorted(whole),
-    }
-    files["config.json"] = _as_file(parsed)
-    return files
-
-
-def _config(weights: Weights) -> dict[str, Any] | None:
-    """config.json, if it is there and can be read."""
-    config = weights.files.get("config.json")
-    if config is None:
-        return None
-    try:
-        parsed = json.loads(content_of(config))
-    except (ValueError, RecursionError):
-        return None
-    return parsed if isinstance(parsed, dict) else None
-
-
-def _as_file(config: Mapping[str, Any]) -> bytes:
-    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-# The way back
-
-
-def dequantize(weights: Source, dtype: torch.dtype | str | None = None) -> Weights:
-    """Float weights from codes and scales, lazily: ``layer.weight`` from its three tensors.
-
-    Args:
-        weights: what a method of this room made, or a folder in the ``pack-quantized`` layout.
-        dtype: of the result; that of the scales by default.
-
-    Raises:
-        Error: nothing in it is quantized, or it does not say with how many bits.
-
-    >>> w = Weights.of({"l.weight": torch.tensor([[7.5, -7.5, 1.0, 0.4]])})
-    >>> dequantize(ws.quantize.rtn(w))["l.weight"]
-    tensor([[ 7., -8.,  1.,  0.]])
+    ``remedy`` is what the error says beside the groups that fit: callers without ``indivisible=`` have another.
     """
-    opened = open(weights)
-    found = [name.removesuffix("_packed") for name in opened if name.endswith("_packed")]
+    found, wrong = {}, []
+    for name, layout in layouts.items():
+        group, inputs = layout.grid.group, layout.inputs
+        if group is None or inputs % group == 0 or policy == "ragged":
+            found[name] = layout
+        elif policy == "pad":
+            found[name] = replace(layout, padding=-inputs % group)
+        elif policy == "shrink":
+            found[name] = replace(layout, grid=with_group(layout.grid, largest_divisor(inputs, group)))
+        elif policy == "error":
+            wrong.append(name)
+    if wrong:
+        first = layouts[wrong[0]]
+        fitting = [size for size in (16, 32, 48, 64, 96, 128, 192, 256) if first.inputs % size == 0]
+        hint = f"; these fit: {', '.join(map(str, fitting))}, or None for whole rows" if fitting else "; use group=None"
+        raise Error(
+            f"{listed(wrong)}: groups of {first.grid.group} do not fill a row of {first.inputs} inputs{hint}; "
+            f"or {remedy}"
+        )
     if not found:
-        raise Error("nothing here is quantized: no tensor ends in _packed")
-    bits = _bits(opened, found)
-    made: dict[int, Lazy] = {}
-    nodes: dict[str, Lazy] = {}
-    for name in opened:
-        if name.endswith("_packed"):
-            own = name.removesuffix("_packed")
-            packed = opened.node(name)
-            if id(packed) not in made:
-                made[id(packed)] = _decoded(opened, own, bits[own], dtype)
-            nodes[own] = made[id(packed)]
-        elif not (name.endswith(_ENDINGS) and name.rpartition("_")[0] in bits):
-            nodes[name] = opened.node(name)
-    metadata = {key: word for key, word in opened.metadata.items() if key != METADATA}
-    return Weights(nodes, Step("quantize.dequantize", {}, (opened.lineage,)), _plain_config(opened), metadata)
+        raise Error("no tensor has rows that groups fill, and indivisible='skip' leaves the others as they are")
+    return found
 
 
-def _bits(weights: Weights, names: list[str]) -> dict[str, int]:
-    """The bits of every quantized tensor, from the header or else from config.json. Both are untrusted."""
-    if METADATA in weights.metadata:
-        try:
-            said = {name: int(entry["bits"]) for name, entry in json.loads(weights.metadata[METADATA]).items()}
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise FormatError(f"the header's words {METADATA} do not say the bits of every quantized tensor") from None
-    else:
-        said = _bits_of_groups(weights)
-    widths = set(said.values())
-    bits = {name: said[name] if name in said else _only(widths, name) for name in names}
-    for name, width in bits.items():
-        try:
-            check_bits(width)
-        except Error as error:
-            raise FormatError(f"{name}: {error}") from None
-    return bits
+def largest_divisor(number: int, most: int) -> int:
+    """The largest whole number up to ``most`` that divides another.
+
+    >>> largest_divisor(576, 128)
+    96
+    """
+    return next(size for size in range(min(most, number), 0, -1) if number % size == 0)
 
 
-def _bits_of_groups(weights: Weights) -> dict[str, int]:
-    if "config.json" not in weights.files:
-        raise Error("these weights do not say with how many bits they are coded (no metadata, no config.json)")
+def with_group(grid: Any, group: int) -> Any:
+    """The same grid with groups of another size."""
     try:
-        groups = (_config(weights) or {})["quantization_config"]["config_groups"].items()
-        plain = all(group["weights"].get("symmetric", True) for _, group in groups)
-        said = {name: int(group["weights"]["num_bits"]) for name, group in groups}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise FormatError("config.json has no quantization_config in the compressed-tensors form") from None
-    if len(set(said.values())) != 1 or not plain:
-        raise Error("config.json describes several or asymmetric grids, which are not understood yet")
-    return said
+        return replace(grid, group=group)
+    except TypeError:
+        raise Error(f"groups of {type(grid).__name__} have one size; indivisible='shrink' cannot change it") from None
 
 
-def _only(widths: set[int], name: str) -> int:
-    if len(widths) != 1:
-        raise FormatError(f"nothing says with how many bits {name} is coded")
-    return next(iter(widths))
+# What each tensor becomes
 
 
-def _decoded(weights: Weights, name: str, bits: int, dtype: torch.dtype | str | None) -> Lazy:
-    lacking = [name + ending for ending in _ENDINGS if name + ending not in weights]
-    if lacking:
-        raise FormatError(f"{name} is quantized, but {lacking[0]} is missing")
-    unknown = [name + ending for ending in ("_zero_point", "_g_idx") if name + ending in weights]
-    if unknown:
-        raise Error(f"{name} is coded with {unknown[0]}, which is not understood yet")
-    packed, scale = weights.node(f"{name}_packed"), weights.node(f"{name}_scale")
-    shape = _shape(weights, f"{name}_shape")
-    rows, inputs = shape[0], math.prod(shape[1:])
-    groups = scale.spec.shape[1] if len(scale.spec.shape) == 2 else 0
-    fits = packed.spec == Spec((rows, packed_width(inputs, bits)), torch.int32)
-    if not fits or groups < 1 or scale.spec.shape[0] != rows or inputs % groups:
-        raise FormatError(f"{name}: {packed.spec} with scales {scale.spec} holds no {bits}-bit codes of {list(shape)}")
-    spec = Spec(shape, scale.spec.dtype if dtype is None else as_dtype(dtype))
-    function = partial(_decode, bits=bits, inputs=inputs)
-    return Output(Work(function, Inputs([packed, scale], "row"), {"": spec}))
+def _work(kernel: Callable[..., Coded], node: Lazy, plan: Plan, gram: Any) -> Work:
+    """The endings of a tensor, as outputs of one function."""
+    layout = plan.layout
+    outputs = endings_of(layout)
+    alone = any(stored.shared for stored in layout.grid.stored().values())
+    each = gram is not None and layout.experts > 1  # every expert has a Gram matrix of its own
+    unit = "tensor" if alone or each else card_of(kernel).unit
+    arguments = [node] if gram is None else [node, Entire(gram.node if hasattr(gram, "node") else gram)]
+    function = partial(_encoded, kernel, layout, tuple(plan.options.items()))
+    return Work(function, Inputs(arguments, unit), outputs)  # type: ignore[arg-type]
 
 
-def _shape(weights: Weights, name: str) -> tuple[int, ...]:
-    """The shape that a ``_shape`` tensor says, which may lie."""
-    spec = weights.spec(name)
-    if len(spec.shape) != 1 or not 1 <= spec.shape[0] <= _MOST_AXES or spec.dtype.is_floating_point:
-        raise FormatError(f"{name} is {spec}, not the sizes of a tensor's axes")
-    shape = tuple(int(size) for size in weights[name])
-    if min(shape) < 0:
-        raise FormatError(f"{name} says {list(shape)}: a size cannot be negative")
-    return shape
+def nodes_of(work: Work, plan: Plan) -> dict[str, Lazy]:
+    """Ending -> node."""
+    found: dict[str, Lazy] = {key: Output(work, key) for key in work.outputs}
+    return found | {"_shape": Held(torch.tensor(plan.layout.shape))}
 
 
-def _decode(packed: Tensor, scale: Tensor, *, bits: int, inputs: int) -> Tensor:
-    return decode(unpack(packed, bits, inputs), scale)
+def _encoded(
+    kernel: Callable[..., Coded], layout: Layout, options: Sequence[tuple[str, Any]], weight: Tensor,
+    gram: Tensor | None = None,
+) -> dict[str, Tensor]:  # fmt: skip
+    return parts_of(rounded(kernel, layout, dict(options), weight, gram), layout)
 
 
-def _plain_config(weights: Weights) -> dict[str, bytes | Bytes]:
-    """The files, with a config.json that no longer speaks of codes."""
-    files = dict(weights.files)
-    parsed = _config(weights)
-    if parsed is not None and parsed.pop("quantization_config", None) is not None:
-        files["config.json"] = _as_file(parsed)
-    return files
+def rounded(
+    kernel: Callable[..., Coded], layout: Layout, options: Mapping[str, Any], weight: Tensor, gram: Tensor | None
+) -> Coded:
+    """The codes of a tensor or of a run of its rows, by a rounding of matrices."""
+    rows = layout.matrix(weight)
+    told = [] if gram is None else [gram]
+    if gram is not None and layout.experts > 1:
+        common = [name for name, one in layout.grid.stored().items() if one.shared]
+        if common:
+            raise Error(
+                f"{layout.grid} has one {common[0]} for the whole tensor, and the experts of one tensor are rounded "
+                "one by one; leave them out with pattern=, or take another grid"
+            )
+        pieces = [
+            kernel(one, layout.padded(own), grid=layout.grid, **options)
+            for one, own in zip(rows.unflatten(0, (layout.experts, -1)), gram, strict=True)
+        ]
+        params = {name: torch.cat([piece.params[name] for piece in pieces]) for name in pieces[0].params}
+        return Coded(torch.cat([piece.codes for piece in pieces]), params, layout.grid, pieces[0].shared)
+    return kernel(rows, *(layout.padded(one) for one in told), grid=layout.grid, **options)
+
+
+def _values(node: Lazy, plan: Plan, work: Work) -> Lazy:
+    """The values that codes stand for, in the place of a tensor."""
+    arguments, unit = work.cut.arguments, work.cut.unit
+    whole = partial(_decoded, work.function, plan.layout)
+    return apply(whole, *arguments, unit=unit, spec=node.spec)
+
+
+def _decoded(encode: Any, layout: Layout, *arguments: Tensor) -> Tensor:
+    kernel, _, options = encode.args
+    weight, *gram = arguments
+    found = rounded(kernel, layout, dict(options), weight, gram[0] if gram else None)
+    return found.values()[:, : layout.inputs].reshape(weight.shape).to(weight.dtype)
+
+
+__all__ = ["Action", "Indivisible", "Integer", "Plan", "Quantize", "Source", "lift", "planned", "targets_of"]

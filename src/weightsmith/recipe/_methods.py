@@ -12,6 +12,7 @@ from typing import Any
 from weightsmith.card import Card
 from weightsmith.catalogue import Catalogue
 from weightsmith.errors import did_you_mean
+from weightsmith.lifting import options_of
 from weightsmith.recipe._kinds import kind
 from weightsmith.recipe._yaml import Node
 
@@ -116,4 +117,19 @@ def _method(name: str, function: Callable[..., Any]) -> Method:
         for key, parameter in parameters.items()
         if key not in HIDDEN and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
     }
+    if any(one.kind is one.VAR_KEYWORD for one in parameters.values()):
+        handed = _handed_on(name.rpartition(".")[0])
+        usable |= {key: handed[key] for key in handed if key not in usable}
     return Method(name, function, usable)
+
+
+@functools.cache
+def _handed_on(room: str) -> dict[str, inspect.Parameter]:
+    """Options of a room's kernels, which a function that takes more by name may hand on to one of them."""
+    listed = getattr(importlib.import_module(f"weightsmith.{room}"), "METHODS", {}) if room in _rooms() else {}
+    found: dict[str, inspect.Parameter] = {}
+    for one in listed.values():
+        if hasattr(one, "kernel"):
+            own = inspect.signature(one).parameters
+            found |= {key: own[key] for key in options_of(one.kernel)}
+    return found

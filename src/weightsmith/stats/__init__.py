@@ -15,7 +15,7 @@ from weightsmith.stats._fisher import Fisher, Labels, fisher
 from weightsmith.stats._gradients import Gradients, gradients
 from weightsmith.stats._gram import Gram, features, gram
 from weightsmith.stats._matrices import matrices
-from weightsmith.stats._output_gradients import GuidedGram, guided_gram
+from weightsmith.stats._output_gradients import GuidedGram, OutputGradients, guided_gram, output_gradients
 from weightsmith.stats._record import Recorder
 from weightsmith.stats._walk import Block, walk
 from weightsmith.stats._walk_modules import hollow
@@ -36,6 +36,7 @@ __all__ = [
     "GuidedGram",
     "Labels",
     "Loss",
+    "OutputGradients",
     "Recorder",
     "Statistic",
     "activations",
@@ -54,6 +55,7 @@ __all__ = [
     "hessian_gradient",
     "hollow",
     "matrices",
+    "output_gradients",
     "project",
     "reduced",
     "walk",

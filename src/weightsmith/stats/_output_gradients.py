@@ -188,6 +188,66 @@ class _Counter:
         return found
 
 
+def output_gradients(
+    model: nn.Module, batches: Iterable[Batch], *, pattern: Pattern = "*", loss: Loss | None = None
+) -> Weights:
+    r"""How strongly the loss hangs on each output of a layer.
+
+    .. math:: s_j = \sum_n \Bigl( \frac{\partial \ell}{\partial z_{nj}} \Bigr)^{\!2}
+
+    with :math:`z` ``[rows, out]`` the outputs of a layer. Times the squared change of an output this is, to second
+    order and as the empirical Fisher information has it, what the loss loses.
+
+    Args:
+        model: asked in evaluation mode and left as it was.
+        batches: ``(inputs, labels)`` or mappings; padded tokens (``attention_mask`` 0) do not count.
+        pattern: names of the weights. The inputs of these layers are held during one pass.
+        loss: ``(model, batch) -> number``, the sum of the examples' losses; the default is cross-entropy.
+
+    Returns:
+        Weights: ``[out]`` float32 under the name of each weight. One backward pass a batch, sums in float64.
+
+    Raises:
+        ValueError: as for `guided_gram`.
+
+    >>> layer, double = torch.nn.Linear(2, 1), lambda model, batch: 2 * model(batch).sum()   # gradients of 2
+    >>> output_gradients(layer, [torch.ones(3, 2)], loss=double)["weight"]
+    tensor([12.])
+    """
+    return collect(model, batches, {"own": OutputGradients(pattern)}, loss=loss)["own"]
+
+
+@dataclass(frozen=True)
+class OutputGradients:
+    """The settings of `output_gradients`, for `collect`."""
+
+    pattern: Pattern = "*"
+    kind = "output gradients"
+
+    def counter(self, access: Access) -> _Squares:
+        layers = layers_of(access.model, self.pattern)
+        return _Squares(access, layers, dict.fromkeys(layers, 1))
+
+
+class _Squares(_Counter):
+    """The squares of the gradients alone."""
+
+    def _add(self, name: str, given: Tensor, gradient: Tensor, counted: Counted) -> None:
+        layer = self.layers[name]
+        with apart(gradient):
+            keep = counted.rows(name, layer, given)
+            for _, slopes, kept in runs(layer, given, by_row(layer, gradient), keep):
+                slopes = outputs(layer, working(slopes if kept is None else slopes[kept]))
+                found = slopes.double().square().sum(dim=0)
+                if not finite(found):
+                    raise not_finite("the gradients of its outputs", [name], self.batches)
+                self.totals[name] = self.totals[name] + found if name in self.totals else found
+                self.counts[name] = self.counts.get(name, 0) + len(slopes)
+
+    def result(self) -> dict[str, Tensor]:
+        return {name: self.totals[name].float() for name in self.layers if self.counts.get(name, 0)}
+
+
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
     """No gradients of parameters inside, which cost as much as those of activations and would be kept."""

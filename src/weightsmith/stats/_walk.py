@@ -98,6 +98,8 @@ def walk(
     store: str | os.PathLike[str] | None = None,
     resume: bool = False,
     settings: Mapping[str, Any] | None = None,
+    keep: bool = True,
+    empty: bool = False,
 ) -> Weights:
     """Visit the blocks of a model in their order, each with its inputs, and change them on the way.
 
@@ -130,6 +132,9 @@ def walk(
         store: an empty or new folder for what was made so far.
         resume: continue the walk of ``store``, after its last finished block. The result is the same to the bit.
         settings: what else ``visit`` depends on, in plain values; with other ones a store is not continued.
+        keep: False where new tensors are only what later blocks are to see, and a visitor keeps what it made by itself:
+            they are neither held nor stored, and the result is the given weights.
+        empty: True where blocks without tensors (an activation between two layers) are to be visited too.
 
     Returns:
         Weights: lazy, the given ones with the new tensors in their places (read from ``store``, if there is one).
@@ -159,7 +164,7 @@ def walk(
     asked = _asked(module, names, filler, statistics or {})
     if store is not None:
         batches = list(batches)
-    walker = _Walker(filler, names, asked, visit, propagate, forward or default_forward)
+    walker = _Walker(filler, names, asked, visit, propagate, forward or default_forward, keep, empty)
     mark = {} if store is None else _mark(walker, batches, statistics or {}, settings)
     run = None if store is None else Run(store, mark, resume)
     with restored(module):
@@ -179,6 +184,8 @@ class _Walker:
     visit: Visit
     propagate: Propagate
     ask: Forward
+    keep: bool = True
+    empty: bool = False
 
     def go(self, batches: Iterable[Batch], run: Run | None) -> dict[str, Any]:
         """Every new tensor, as nodes."""
@@ -194,10 +201,11 @@ class _Walker:
             for index in range(done, len(self.names)):
                 given = _Inputs(hidden, [call[index] for call in calls], masks, arguments)
                 new, hidden = self.visited(index, given, run)
+                kept = new if self.keep else {}
                 if run is None:
-                    made |= {name: Held(value) for name, value in new.items()}
+                    made |= {name: Held(value) for name, value in kept.items()}
                 else:
-                    run.keep(index, new)
+                    run.keep(index, kept)
                     run.finished(index + 1, hidden if isinstance(hidden, InFile) else None)
                 advance(1)
         return made if run is None else run.kept(len(self.names))
@@ -258,7 +266,7 @@ class _Walker:
                 with progress.silent():
                     found = collect(under(name, module), given, asked, forward=seen)
             new: dict[str, Tensor] = {}
-            if own:
+            if own or self.empty:
                 parts = Weights(copied({part: self.filler.weights.node(part) for part in own.values()}))
                 empty = {key: Weights({}) for key in self.asked[index] if key not in asked}
                 block = Block(name, index, len(self.names), module, parts, {**found, **empty}, given, forward)

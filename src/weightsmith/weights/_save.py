@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from weightsmith import progress
 from weightsmith._version import __version__
 from weightsmith.errors import Error, OutputError, did_you_mean
-from weightsmith.weights import _lineage, _safetensors
+from weightsmith.weights import _gguf_write, _lineage, _safetensors
 from weightsmith.weights._execute import Call, Job, as_bytes, default_threads, run, solving, working_set
 from weightsmith.weights._files import Bytes, LocalFile, content_of, is_remote, read_bytes
 from weightsmith.weights._layout import Layout
@@ -44,7 +44,7 @@ from weightsmith.weights._weights import Weights
 if TYPE_CHECKING:
     from weightsmith.weights._crew import Crew
 
-WRITABLE = {"safetensors": "model.safetensors", "pt": "pytorch_model.bin", "npz": "model.npz"}
+WRITABLE = {"safetensors": "model.safetensors", "pt": "pytorch_model.bin", "npz": "model.npz", "gguf": "model.gguf"}
 """Formats that can be written, and what the file is called in a folder."""
 
 ADAPTERS = {"safetensors": "adapter_model.safetensors", "pt": "adapter_model.bin"}
@@ -245,7 +245,7 @@ def planned(weights: Weights, place: str, format: str | None, max_shard_size: in
     target = Path(os.path.abspath(place))
     suffix = SUFFIXES.get(target.suffix)
     is_folder = suffix is None
-    format = _format(format, suffix, target)
+    format = _format(format, suffix, target, _gguf_write.WORDS in weights.files)
     if place.endswith(os.sep) and not is_folder:
         raise Error(f"{place}: a folder cannot be called {target.suffix}; write {place.rstrip(os.sep)} for a file")
     if not weights:
@@ -254,7 +254,7 @@ def planned(weights: Weights, place: str, format: str | None, max_shard_size: in
     name = (ADAPTERS if adapter else WRITABLE)[format] if is_folder else target.name
     shard = as_bytes(max_shard_size, "max_shard_size") if is_folder and not adapter else None
     layout = laid_out(weights, format, name, shard)
-    small = _companions(weights) if is_folder else {}
+    small = _companions(weights) if is_folder and format != "gguf" else {}
     _check_companions(place, small, layout)
     return Plan(weights, target, is_folder, layout, small, grouped(weights))
 
@@ -264,7 +264,16 @@ def is_adapter(weights: Weights) -> bool:
     return "adapter_config.json" in weights.files and any(".lora_" in name for name in weights)
 
 
-def _format(format: str | None, suffix: str | None, target: Path) -> str:
+def _format(format: str | None, suffix: str | None, target: Path, gguf: bool = False) -> str:
+    if gguf and "gguf" not in (format, suffix) and (format or suffix) is not None:
+        raise Error(f"{target}: these weights are laid out for GGUF, and no other format can hold them")
+    if not gguf and "gguf" in (format, suffix):
+        raise Error(
+            f'{target}: cannot write gguf of weights as they are: quantize.formats.pack(weights, "gguf") makes those '
+            "that become one, with its names and keys"
+        )
+    if gguf and (format or suffix) is None:
+        return "gguf"
     if format is not None and format not in WRITABLE:
         raise Error(f"cannot write the format {format!r}{did_you_mean(format, WRITABLE)}; known: {', '.join(WRITABLE)}")
     if suffix is not None and suffix not in WRITABLE:
@@ -279,20 +288,22 @@ def laid_out(weights: Weights, format: str, name: str, shard: int | None) -> Lay
     ties = weights.ties
     specs = {n: spec for n, spec in weights.specs.items() if n not in ties}
     lineage = _lineage.written(weights.lineage)
+    carried = {k: v for k, v in weights.metadata.items() if k not in weights and k != _lineage.KEY}
     if format == "safetensors":
         _safetensors.check_names(weights, name)
-        carried = {k: v for k, v in weights.metadata.items() if k not in weights and k != _lineage.KEY}
         # More bytes than one shard may have: the index carries the lineage, and its shards need not repeat it.
         several = shard is not None and len(specs) > 1 and sum(spec.nbytes for spec in specs.values()) > shard
         words = {"format": "pt"} | carried | ({} if several else lineage)
         return _safetensors.layout(specs, ties, words, name, shard, lineage)
+    if format == "gguf":
+        return _gguf_write.layout(specs, _gguf_write.words_of(weights.files) or {}, name)
     if format == "pt":
         from weightsmith.weights import _torchfile
 
-        return _torchfile.layout(specs, ties, lineage, name, list(weights))
+        return _torchfile.layout(specs, ties, carried | lineage, name, list(weights))
     from weightsmith.weights import _npz
 
-    return _npz.layout(specs, ties, lineage, name, list(weights))
+    return _npz.layout(specs, ties, carried | lineage, name, list(weights))
 
 
 def _companions(weights: Weights) -> dict[str, bytes | Bytes]:

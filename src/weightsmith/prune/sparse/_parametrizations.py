@@ -18,6 +18,7 @@ from weightsmith.errors import Error, listed
 from weightsmith.prune import magnitude
 from weightsmith.prune.room import masked, prunable
 from weightsmith.prune.sparse._exchange import highest
+from weightsmith.stats.room import NoneFits
 from weightsmith.weights import Pattern, PerTensor, Weights, matches, open
 from weightsmith.weights import resolve as resolved
 
@@ -36,7 +37,8 @@ def weights_of(module: nn.Module, pattern: Pattern | None = None) -> dict[str, n
         name -> the parameter, in order. That of a module that stands in several places has its first name.
 
     Raises:
-        Error: none fits, or one is held by two modules: a mask in one would not reach the other.
+        NoneFits: no weight fits.
+        Error: one is held by two modules: a mask in one would not reach the other.
 
     >>> list(weights_of(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 1))))
     ['0.weight', '2.weight']
@@ -53,7 +55,8 @@ def weights_of(module: nn.Module, pattern: Pattern | None = None) -> dict[str, n
         and (name in usual if pattern is None else matches(pattern, name))
     }
     if not found:
-        raise Error(f"no weight of two axes or more fits {pattern or 'the usual names'!r}; there are {listed(every)}")
+        usual_names = pattern or "the usual names"
+        raise NoneFits(f"no weight of two axes or more fits {usual_names!r}; there are {listed(every)}")
     holders: dict[int, dict[tuple[nn.Module, str], str]] = {}
     for name, value in every.items():
         holders.setdefault(id(value), {}).setdefault(_holder(module, name), name)

