@@ -91,3 +91,30 @@ def test_refusals():
         curves(network(), batches(), bits=())
     with pytest.raises(Error, match="bits must be a whole number from 1 to 8, got 9"):
         curves(network(), iter(()), bits=(9,))
+
+
+def test_a_layer_that_half_of_the_rows_reach_costs_its_own_rows_alone():
+    class Halves(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.layers = nn.ModuleList([nn.Sequential(nn.Linear(8, 8, bias=False)), nn.Sequential(nn.Linear(8, 3))])
+            self.layers[0].forward = self.half
+
+        def half(self, x: Tensor) -> Tensor:
+            return torch.cat([self.layers[0][0](x[: len(x) // 2]), x[len(x) // 2 :]])
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layers[1](self.layers[0](x))
+
+    net, name = Halves(), "layers.0.0.weight"
+    generator = torch.Generator().manual_seed(1)
+    inputs, labels = torch.randn(40, 8, generator=generator), torch.randint(0, 3, (40,), generator=generator)
+    found = curves(net, [(inputs, labels)], bits=(3,), blocks="layers", pattern="layers.*")[name][0]
+    weight, reached = net.layers[0][0].weight.detach(), inputs[:20]
+    middle = (reached @ weight.T).requires_grad_()
+    torch.nn.functional.cross_entropy(net.layers[1](middle), labels[:20], reduction="sum").backward()
+    assert middle.grad is not None
+    moved = reached @ (rtn(weight, bits=3).values() - weight).T
+    expected = (middle.grad.square().mean(0) * moved.square().sum(0)).sum() / (2 * 40)
+    assert found.error == pytest.approx(float(expected), rel=1e-3)
