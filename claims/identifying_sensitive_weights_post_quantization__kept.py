@@ -4,7 +4,8 @@ A small language model of the words of Python's library is trained, and the matr
 nearest of 4 evenly spaced points in groups of 32. One in a hundred of these weights is kept in full beside the codes:
 those of most damage along the way, in two rounds; the largest; those that Fisher information at the weights before
 finds most harmed; or random ones. Damage and Fisher information are of 256 pieces of the training text. The figures
-are nats a word on held-out text.
+are nats a word on held-out text. On seed 0 keeping those of most damage with its sign lost to keeping none; damage has
+counted by its size since, for which the paper's tables speak and digits as well.
 """
 
 import copy

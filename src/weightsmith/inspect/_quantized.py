@@ -117,5 +117,4 @@ def _notes(coded: Mapping[str, Code], left: list[str]) -> list[str]:
 
 
 def _ragged(code: Code) -> bool:
-    inputs = code.shape[-1] if len(code.shape) < 3 else torch.Size(code.shape[1:]).numel()
-    return bool(code.grid.group) and (inputs + code.padding) % (code.grid.group or 1) != 0
+    return bool(code.grid.group) and (code.inputs + code.padding) % (code.grid.group or 1) != 0

@@ -15,6 +15,8 @@ class Code(NamedTuple):
 
     grid: Grid
     shape: tuple[int, ...]
+    inputs: int
+    """Of a row, without padding."""
     padding: int
     """Zeros after the inputs of each row."""
     nbytes: int
@@ -45,5 +47,5 @@ def codes(weights: Any) -> dict[str, Code]:
         if f"{name}_packed" in ties:
             continue
         nbytes = sum(opened.spec(name + ending).nbytes for ending in endings_of(layout))
-        found[name] = Code(layout.grid, layout.shape, layout.padding, nbytes)
+        found[name] = Code(layout.grid, layout.shape, layout.inputs, layout.padding, nbytes)
     return found
