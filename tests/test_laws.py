@@ -5,6 +5,7 @@ One generic test for all rooms. A `Room` below says only how the room's methods 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import inspect
@@ -175,12 +176,14 @@ def prune_directly(kernel: Callable[..., Any], name: str, sample: Tensor) -> dic
 def quantize_lazily(public: Callable[..., Any], samples: Mapping[str, Tensor]) -> Weights:
     told = {name: stats for name, sample in samples.items() for stats in prune_statistics(public, sample[0].shape)}
     given = {"stats": told} if told else {}
-    return public({name: sample[0] for name, sample in samples.items()}, pattern="*", **given)
+    return public({name: sample[0] for name, sample in samples.items()}, pattern="*", indivisible="ragged", **given)
 
 
 def quantize_directly(kernel: Callable[..., Any], name: str, sample: Tensor) -> dict[str, Tensor]:
     weight, *stats = prune_arguments(kernel, sample)
-    grid = Integer(scale_dtype=sample.dtype)
+    grid = inspect.signature(kernel).parameters["grid"].default
+    if hasattr(grid, "scale_dtype"):
+        grid = dataclasses.replace(grid, scale_dtype=sample.dtype)
     layout = Layout(tuple(weight.shape), grid)
     parts = parts_of(kernel(layout.matrix(weight), *stats, grid=grid), layout)
     return {f"{name}{ending}": part for ending, part in parts.items()} | {f"{name}_shape": torch.tensor(weight.shape)}

@@ -63,7 +63,7 @@ def complete(tmp_path, run):
 
 
 def test_bash_completes(complete):
-    assert complete("weightsmith sh") == ["show"]
+    assert complete("weightsmith sho") == ["show"]
     assert "magnitude" in complete("weightsmith prune ")
     assert complete("weightsmith diff a b --sort lar") == ["largest"]
     assert complete("weightsmith convert x --over") == ["--overwrite"]

@@ -54,7 +54,7 @@ def test_values_that_no_grid_holds_and_zeros():
     assert nothing.figures["2 bits"] is None
 
 
-@pytest.mark.parametrize("options", [{"bits": []}, {"bits": [9]}, {"bits": [1]}, {"group": 0}])
+@pytest.mark.parametrize("options", [{"bits": []}, {"bits": [9]}, {"bits": [0]}, {"group": 0}])
 def test_bad_options_are_refused(options):
     with pytest.raises(Error):
         quantization_error(checkpoint(), **options)

@@ -252,7 +252,8 @@ def _checkpoints(outcome: Outcome) -> str:
     measure = 'demo.accuracy(ws.open("soup"), data.test), demo.accuracy(ws.open("soup"), data.shifted)'
     parts = [
         page.paragraph(
-            "Every folder holds model.safetensors and a config.json that names the network. "
+            "Every folder holds model.safetensors and a config.json that names the network (put aside under another "
+            "name where the weights are codes). "
             "The lines below, run in order in an empty folder, make all of them again. They start with:"
         ),
         page.code(opening),

@@ -79,7 +79,7 @@ def adaround(
         Error: shapes that do not fit, NaN, or options out of their range.
 
     >>> gram = torch.tensor([[1.0, 0.9], [0.9, 1.0]])
-    >>> adaround(torch.tensor([[0.4, 0.4]]), gram, grid=Integer(bits=2, scale_dtype=torch.float32)).values().sum() > 0
+    >>> adaround(torch.tensor([[0.4, 0.4]]), gram, grid=ws.quantize.grids.Integer(bits=2)).values().sum() > 0
     tensor(True)
     """
     if steps < 1 or not lr > 0 or not pull >= 0 or not min(beta) >= 1:

@@ -44,7 +44,7 @@ def bitmod(
     Raises:
         Error: another grid, shapes that do not fit, or values that are not finite.
 
-    >>> bitmod(torch.tensor([[6.0, 2.0, 1.0, -4.0, 0.0]]), grid=MixedTypes(bits=3)).values()
+    >>> bitmod(torch.tensor([[6.0, 2.0, 1.0, -4.0, 0.0]]), grid=ws.quantize.grids.MixedTypes(bits=3)).values()
     tensor([[ 6.,  2.,  1., -4.,  0.]])
     """
     if not isinstance(grid, MixedTypes):

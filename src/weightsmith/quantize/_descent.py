@@ -83,7 +83,8 @@ def coordinate_descent(
         Error: shapes that do not fit, NaN, or options out of their range.
 
     >>> gram = torch.tensor([[2.0, 1.9], [1.9, 2.0]])
-    >>> found = coordinate_descent(torch.tensor([[0.4, 0.4]]), gram, grid=Integer(bits=2), codes_from="nearest", damp=0)
+    >>> weight, grid = torch.tensor([[0.4, 0.4]]), ws.quantize.grids.Integer(bits=2)
+    >>> found = coordinate_descent(weight, gram, grid=grid, codes_from="nearest", damp=0)
     >>> found.codes, found.values()
     (tensor([[3, 3]], dtype=torch.uint8), tensor([[0.2667, 0.2667]]))
     """
@@ -150,7 +151,7 @@ def lnq(
     Raises:
         Error: shapes that do not fit, NaN, or options out of their range.
 
-    >>> lnq(torch.tensor([[0.0, 1.0, 5.0, 6.0, 7.0]]), torch.eye(5), grid=Levels(bits=1)).values()
+    >>> lnq(torch.tensor([[0.0, 1.0, 5.0, 6.0, 7.0]]), torch.eye(5), grid=ws.quantize.grids.Levels(bits=1)).values()
     tensor([[0.5000, 0.5000, 6.0000, 6.0000, 6.0000]])
     """
     _check_start(codes_from)

@@ -72,7 +72,7 @@ def flexround(
 
     >>> gram = torch.tensor([[1.0, 0.9], [0.9, 1.0]])
     >>> weight = torch.tensor([[3.0, 0.45]])
-    >>> flexround(weight, gram, grid=Integer(bits=2)).values().shape
+    >>> flexround(weight, gram, grid=ws.quantize.grids.Integer(bits=2)).values().shape
     torch.Size([1, 2])
     """
     if steps < 1 or not lr > 0:

@@ -93,7 +93,8 @@ def gptq(
         Error: shapes that do not fit, NaN, or options out of their range.
 
     >>> gram = torch.tensor([[2.0, 1.0], [1.0, 2.0]])
-    >>> gptq(torch.tensor([[0.4, 1.0]]), gram, grid=Integer(bits=2, symmetric=False), damp=0, clip=0).codes
+    >>> grid = ws.quantize.grids.Integer(bits=2, symmetric=False)
+    >>> gptq(torch.tensor([[0.4, 1.0]]), gram, grid=grid, damp=0, clip=0).codes
     tensor([[1, 3]], dtype=torch.uint8)
     """
     if order not in ("given", "activation"):

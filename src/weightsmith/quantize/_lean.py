@@ -72,7 +72,7 @@ def leanquant(
         Error: shapes that do not fit, NaN, or options out of their range.
 
     >>> weight, gram = torch.tensor([[0.1, 0.9, 8.0]]), torch.diag(torch.tensor([9.0, 9.0, 1.0]))
-    >>> leanquant(weight, gram, grid=Integer(bits=2, symmetric=False), damp=0).values()
+    >>> leanquant(weight, gram, grid=ws.quantize.grids.Integer(bits=2, symmetric=False), damp=0).values()
     tensor([[0.0000, 1.3333, 4.0000]])
     """
     if not power >= 0 or not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:

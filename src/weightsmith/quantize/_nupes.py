@@ -59,7 +59,7 @@ def nupes(
     Raises:
         Error: another grid, shapes that do not fit, or values that are not finite.
 
-    >>> nupes(torch.tensor([[9.0, -4.0, 1.0, 0.0]]), grid=Power(bits=3)).shared["exponent"]
+    >>> nupes(torch.tensor([[9.0, -4.0, 1.0, 0.0]]), grid=ws.quantize.grids.Power(bits=3)).shared["exponent"]
     tensor(0.5000)
     """
     if not isinstance(grid, Power):

@@ -72,7 +72,8 @@ def two_four(
     Raises:
         Error: another grid, or shapes that do not fit.
 
-    >>> two_four(torch.tensor([[0.0, 1.5, 6.0, -9.0]]), grid=TwoFour(group=2, share=0.5)).params["zero_point"]
+    >>> grid = ws.quantize.grids.TwoFour(group=2, share=0.5)
+    >>> two_four(torch.tensor([[0.0, 1.5, 6.0, -9.0]]), grid=grid).params["zero_point"]
     tensor([[ 0, 25]], dtype=torch.uint8)
     """
     if not isinstance(grid, TwoFour):

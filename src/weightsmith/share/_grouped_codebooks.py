@@ -58,7 +58,8 @@ def grouped_codebooks(
     .. math:: \min_{I, C} \operatorname{tr}\big((Q - W) H (Q - W)^\top\big), \qquad Q_{rk} = C_{g(r),\, I_{rk}}
 
     where an index is a real number :math:`z`, rounded, that follows the straight-through gradient
-    :math:`z \leftarrow z - \eta\, [(Q - W) H]_{rk} / (H_{kk}\, |c_i - c_j|)` with :math:`c_j` the neighbour it leads to:
+    :math:`z \leftarrow z - \eta\, [(Q - W) H]_{rk} / (H_{kk}\, |c_i - c_j|)`
+    with :math:`c_j` the neighbour it leads to:
     the nearer two values are, the sooner an index moves between them.
 
     Args:
