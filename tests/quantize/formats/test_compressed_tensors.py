@@ -261,3 +261,12 @@ def test_scales_of_half_precision_are_computed_with_in_single():
     made = pack(ws.quantize.rtn(weights(torch.bfloat16), bits=8, group=16, pattern=[UP], scale_dtype="bfloat16"))
     assert made.spec(f"{UP}_scale").dtype == torch.bfloat16
     torch.testing.assert_close(unpack(made, "float32")[UP], integers_by_hand(made, UP, 8, 16), rtol=1e-6, atol=0)
+
+
+def test_what_was_a_gguf_file_once_is_read_as_what_it_is_now():
+    weights = Weights.of({"l.weight": torch.randn(8, 32, generator=torch.Generator().manual_seed(0))})
+    once = Weights({name: weights.node(name) for name in weights}, metadata={"weightsmith.gguf": "{}"})
+    once = once.with_files({"config.json": b'{"model_type": "llama"}'})
+    coded = ws.quantize.rtn(once, bits=4, group=32)
+    back = unpack(pack(coded, "compressed-tensors"))
+    torch.testing.assert_close(back["l.weight"], ws.quantize.rtn(weights["l.weight"], bits=4, group=32).values())

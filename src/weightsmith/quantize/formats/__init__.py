@@ -80,8 +80,6 @@ def unpack(weights: Any, dtype: torch.dtype | str | None = None) -> Weights:
     opened = open(weights)
     if METADATA in opened.metadata:
         return decoded(opened, dtype)
-    if "weightsmith.gguf" in opened.metadata:
-        return opened if dtype is None else opened.cast(dtype)
     method = words_of(opened).get("quant_method")
     if method == "compressed-tensors" or (method is None and "config_groups" in words_of(opened)):
         return _compressed_tensors.unpack(opened, dtype)
@@ -97,6 +95,10 @@ def unpack(weights: Any, dtype: torch.dtype | str | None = None) -> Weights:
         raise FormatError(
             "these weights do not say how they are coded: no word in a header, no quantization_config in config.json"
         )
+    if (
+        "weightsmith.gguf" in opened.metadata
+    ):  # decoded when it was opened; what was made of such a file says so as well
+        return opened if dtype is None else opened.cast(dtype)
     raise Error("nothing here is quantized: no tensor ends in _packed or .qweight")
 
 
