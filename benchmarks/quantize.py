@@ -10,8 +10,8 @@ is on windows of the Debian Administrator's Handbook, "near" is held-out compute
 the King James Bible. All sides get the same windows of tokens, and grids of the same width, group and kind
 (asymmetric). Every job runs in a process of its own with as many threads; CPU is user + system seconds from after the
 imports until the quantized weights are on disk, memory the peak resident memory of the process. KL is from the whole
-model, in nats a token, with the ends of its interval over windows; agreement is how often both find the same token
-likeliest.
+model, in nats a token, with the ends of its interval over windows, or with several ``--calibrations`` its mean, least
+and most over them; agreement is how often both find the same token likeliest.
 
 The peers need another version of transformers, so they run in an environment of their own:
 
@@ -28,11 +28,10 @@ import resource
 import shutil
 import statistics
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
-from _peers import job, judged, machine, prepared, versions
+from _peers import calibrated, job, judged, machine, prepared, run, settled, versions
 
 # Name -> how we call it.
 OURS: dict[str, dict[str, Any]] = {
@@ -173,6 +172,9 @@ def tuned(folder: Path, options: argparse.Namespace) -> None:
 
 def compared(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """All sides of every setting, one after the other."""
+    if options.tuned:  # another model, which a later run without it must not find
+        folder = folder / "tuned"
+        folder.mkdir(exist_ok=True)
     texts = prepared(folder, options)
     if options.tuned:
         tuned(folder, options)
@@ -187,19 +189,33 @@ def compared(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
                     jobs.append((name, peer, options.peer, PEERS[peer], {"iters": options.iterations}))
             for name, side, python, code, how in jobs:
                 out = folder / "quantized.safetensors"
-                runs = []
-                for _ in range(options.rounds):
-                    shutil.rmtree(f"{out}.store", ignore_errors=True)
-                    out.unlink(missing_ok=True)
-                    runs.append(job(python, code, options, folder, name, setting, str(out), json.dumps(how)))
-                found = next((run for run in runs if "failed" in run), None) or {
-                    key: statistics.median(run[key] for run in runs) for key in runs[0]
-                }
-                if "failed" not in found:
-                    found |= judged(folder, out, texts, options)[0]
-                figures[f"{name} {setting} {side}"] = found
-                print(row(f"{name}, {side}", setting, found), flush=True)
+                found: list[dict[str, Any]] = []
+                for seed in range(options.calibrations):
+                    calibrated(folder, options, seed)
+                    runs = []
+                    for _ in range(options.rounds):
+                        shutil.rmtree(f"{out}.store", ignore_errors=True)
+                        out.unlink(missing_ok=True)
+                        runs.append(job(python, code, options, folder, name, setting, str(out), json.dumps(how)))
+                    found.append(settled(runs))
+                    if "failed" in found[-1]:
+                        break
+                    found[-1] |= judged(folder, out, texts, options)[0]
+                figures[f"{name} {setting} {side}"] = averaged(found)
+                print(row(f"{name}, {side}", setting, averaged(found)), flush=True)
     return {"figures": figures, "versions": versions(options), "machine": machine(options)}
+
+
+def averaged(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Over calibrations: means, and of KL the least and the most where there are several."""
+    if len(runs) == 1 or "failed" in runs[-1]:
+        return runs[-1]
+    found: dict[str, Any] = {key: statistics.mean(run[key] for run in runs) for key in ("cpu", "memory")}
+    for text in ("near", "far"):
+        found[text] = {key: statistics.mean(run[text][key] for run in runs) for key in runs[0][text]}
+        of_all = [run[text]["KL"] for run in runs]
+        found[text] |= {"KL low": min(of_all), "KL high": max(of_all), "KL of each": of_all}
+    return found
 
 
 def row(name: str, setting: str, found: dict[str, Any]) -> str:
@@ -245,7 +261,7 @@ def growth(options: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Measure, print the tables, and write them as JSON where asked."""
+    """The options of this benchmark, beside those that all have."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--methods", nargs="*", default=list(OURS), choices=list(OURS))
     parser.add_argument("--peers", nargs="*", default=list(THEIRS), choices=list(THEIRS))
@@ -253,32 +269,9 @@ def main() -> None:
     parser.add_argument("--groups", type=int, nargs="*", default=[64])
     parser.add_argument("--tuned", action="store_true", help="train the model off its 4-bit grid first")
     parser.add_argument("--steps", type=int, default=60, help="of that training")
+    parser.add_argument("--calibrations", type=int, default=1, help="draws of windows to calibrate on")
     parser.add_argument("--iterations", type=int, default=20, help="of auto-round, a block")
-    parser.add_argument("--samples", type=int, default=16, help="windows to calibrate on")
-    parser.add_argument("--length", type=int, default=512, help="tokens of one")
-    parser.add_argument("--windows", type=int, default=8, help="held-out windows of each text")
-    parser.add_argument("--compute", default="bfloat16", help="in what our side runs the model; weights stay float32")
-    parser.add_argument("--dtype", default="bfloat16", help="in what all are judged")
-    parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--limit", type=float, default=1800, help="seconds for a job")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--peer", help="a Python that has the peers")
-    parser.add_argument("--folder", type=Path, help="where the model and answers are kept for the next time")
-    parser.add_argument("--growth", action="store_true")
-    parser.add_argument("--widths", type=int, nargs="*", default=[512, 1024, 2048, 4096])
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    if options.growth:
-        growth(options)
-        return
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = (options.folder or Path(temporary)).resolve()
-        folder.mkdir(parents=True, exist_ok=True)
-        print(HEAD, flush=True)
-        figures = compared(options, folder)
-    print("\n" + "; ".join(f"{name} {version}" for name, version in figures["versions"].items()))
-    if options.json:
-        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+    run(parser, HEAD, compared, growth)
 
 
 if __name__ == "__main__":

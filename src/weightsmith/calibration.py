@@ -118,7 +118,7 @@ def batches(weights: Any, given: Any, samples: int = 128, length: int = 512, *, 
     given = [given] if isinstance(given, str | os.PathLike) else given
     listed = given if isinstance(given, Texts) else list(given)
     if not listed:
-        raise Error("calibration needs a text file or batches of data, got none")
+        raise Error("calibration needs a text file or batches; got none")
     if isinstance(listed, list) and all(isinstance(one, str | os.PathLike) for one in listed):
         return texts(weights, listed, samples=samples, length=length, seed=seed)
     return listed

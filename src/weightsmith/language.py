@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from weightsmith.errors import Error, listed, missing, told
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from weightsmith.weights import Weights
 
@@ -94,6 +94,21 @@ def _check_causal(config: Any) -> None:
     # Encoders may be used as decoders, but only with weights trained for that, and then their config says so.
     if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
         raise Error(f"{needs}; {kind} is an encoder, which fills in words that are masked")  # fmt: skip
+
+
+def whole(weights: Any, dtype: Any = None, device: Any = None) -> nn.Module:
+    """The model that predicts the next token, in evaluation mode; float32 and on the CPU by default.
+
+    Raises:
+        Error: no config or tokenizer beside the weights, or a model that predicts no next token.
+    """
+    import torch
+
+    from weightsmith.weights import as_dtype, open
+
+    opened = open(weights)
+    config, _ = described(carried(opened))
+    return with_weights(config, opened, as_dtype(dtype or torch.float32)).eval().to(device)
 
 
 def with_weights(config: Any, weights: Weights, dtype: Any, kind: Any = None) -> Any:

@@ -14,6 +14,7 @@ from weightsmith.cli._manual import PATH, SAVING, Manual, Option
 from weightsmith.cli._output import check_written, clean, laid_out, number, percent, size
 from weightsmith.cli._rooms import Room, about, built, catalogue, described, options_of
 from weightsmith.cli._save import check_output, save, save_options
+from weightsmith.cli._texts import check_texts, windows
 
 if TYPE_CHECKING:
     from weightsmith.calibration import Texts
@@ -148,8 +149,8 @@ def _run(method: Method, source: str, chosen: Mapping[str, Any], more: dict[str,
     check_written(more["report"], True, "a report", [".html"])
     check_output(given)
     before = open_weights(source)
-    _check_texts(more)
-    batches = _batches(before, more) if more["calibrate"] else None
+    check_texts(more)
+    batches = windows(before, more) if more["calibrate"] else None
     after = _pruned(method, before, options, more, batches)
     reports = _reports(before, after, options.get("stats"), more)
     told: dict[str, Any] = {"pruned": reports[0].figures}
@@ -183,28 +184,6 @@ def _check(method: Method, options: Mapping[str, Any], more: Mapping[str, Any]) 
             raise click.UsageError(f"--{name} asks the data: add --calibrate TEXT")
     if more["repair"] and method.room == REPAIRS:
         raise click.UsageError(f"{method.name} repairs by itself; --repair is for scores")
-
-
-def _check_texts(more: Mapping[str, Any]) -> None:
-    """Texts that cannot be read are found now."""
-    from weightsmith.language import read_text
-
-    for text in (*more["calibrate"], *more["evaluate"]):
-        read_text(text)
-
-
-def _batches(before: Weights, more: Mapping[str, Any]) -> Texts:
-    """Windows of the texts; a warning for a text that is both calibrated and judged on."""
-    from weightsmith import calibration
-
-    found = calibration.texts(
-        before, list(more["calibrate"]), samples=more["samples"], length=more["length"], seed=more["seed"]
-    )
-    for text in more["evaluate"]:
-        if (share := found.overlap(text)) > calibration.MOST_SHARED:
-            said = f"warning: {share:.0%} of {text} is calibrated on as well, so it flatters the result"
-            click.echo(clean(said), err=True)
-    return found
 
 
 def _pruned(

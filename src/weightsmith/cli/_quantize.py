@@ -15,6 +15,7 @@ from weightsmith.cli._manual import PATH, SAVING, Manual, Option
 from weightsmith.cli._output import check_written, clean, echo_json, laid_out, number, percent, size
 from weightsmith.cli._rooms import Room, about, built, catalogue, described, options_of
 from weightsmith.cli._save import check_output, save, save_options
+from weightsmith.cli._texts import check_texts, windows
 
 if TYPE_CHECKING:
     from weightsmith.inspect import Report
@@ -191,7 +192,7 @@ def _run(method: Method, source: str, chosen: Mapping[str, Any], more: dict[str,
     _check_place(more, given)
     before = open_weights(source)
     _check_format(method, before, options, more)
-    batches = _batches(before, more) if more["calibrate"] else None
+    batches = windows(before, more) if more["calibrate"] else None
     after = _quantized(method, before, options, more, batches)
     _told(before, after, options.get("stats"), more, given, batches, f"Quantized: {method.name}")
 
@@ -226,30 +227,13 @@ def _check_format(method: Method, before: Weights, options: Mapping[str, Any], m
 
 def _check_place(more: Mapping[str, Any], given: dict[str, Any]) -> None:
     """What cannot be read or written is found now."""
-    from weightsmith.language import read_text
-
     if given.get("dtype") and more["format"] != "values":
         raise click.UsageError("--dtype would round the steps of the codes: say --scale-dtype, or --format values")
     if more["requantize"] and more["format"] != "gguf":
         raise click.UsageError("--requantize is for --format gguf")
     check_written(more["report"], True, "a report", [".html"])
     check_output(given)
-    for text in (*more["calibrate"], *more["evaluate"]):
-        read_text(text)
-
-
-def _batches(before: Weights, more: Mapping[str, Any]) -> Any:
-    """Windows of the texts; a warning for a text that is both calibrated and judged on."""
-    from weightsmith import calibration
-
-    found = calibration.texts(
-        before, list(more["calibrate"]), samples=more["samples"], length=more["length"], seed=more["seed"]
-    )
-    for text in more["evaluate"]:
-        if (share := found.overlap(text)) > calibration.MOST_SHARED:
-            said = f"warning: {share:.0%} of {text} is calibrated on as well, so it flatters the result"
-            click.echo(clean(said), err=True)
-    return found
+    check_texts(more)
 
 
 def _quantized(
@@ -365,7 +349,7 @@ def _auto() -> click.Command:
         more = {one.name: given.pop(one.name) for one in own if one.name in given}
         _check_place(more, given)
         before = open_weights(inputs)
-        batches = _batches(before, more)
+        batches = windows(before, more)
         after = quantize.auto(
             before, target_size, bits=bits, calibrate=batches, group=group or None, recipes=list(recipe) or None,
             dtype=more["compute"], device=more["device"], seed=more["seed"],

@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from weightsmith import calibration
 from weightsmith.card import card
 from weightsmith.errors import Error, did_you_mean
+from weightsmith.language import whole as whole_model
 from weightsmith.lifting import options_of
 from weightsmith.prune.room import Scope, Source, Sparsity, chosen_targets, needed
 from weightsmith.weights import Pattern, PerTensor, Weights, as_dtype, open
@@ -107,7 +108,7 @@ def one_shot(
         pattern=pattern, dtype=width, device=device, store=store, resume=resume, **_seeded(score, repair, seed),
     )  # fmt: skip
     if heal:
-        teacher = _model(opened, "float32").to(device)
+        teacher = whole_model(opened, device=device)
         pruned = _room("repair").heal_weights(pruned, teacher, batches, model=teacher, steps=heal, seed=seed)
     return pruned
 
@@ -223,7 +224,7 @@ def _gradients(
     from weightsmith.stats import fisher, gradients
     from weightsmith.stats.room import mapped
 
-    model = _model(weights, dtype).to(device)
+    model = whole_model(weights, dtype, device)
     gather = gradients if need == "stats.gradients" else functools.partial(fisher, labels="given")
     moved = (mapped(lambda value: value.to(device), batch) for batch in batches)
     found = gather(model, moved, pattern=chosen_targets(weights, pattern))
@@ -238,13 +239,6 @@ def _kept(masks: Mapping[str, Tensor], score: str) -> Callable[..., Tensor]:
 
     kept.__name__ = score  # what a store is known by
     return card(paper="")(kept)
-
-
-def _model(weights: Weights, dtype: str) -> nn.Module:
-    from weightsmith.language import carried, described, with_weights
-
-    config, _ = described(carried(weights))
-    return with_weights(config, weights, as_dtype(dtype)).eval()
 
 
 def _known(

@@ -33,10 +33,8 @@ from weightsmith.prune.room import (
     needed,
 )
 from weightsmith.stats import Batch, Forward
-from weightsmith.stats.room import NoneFits
+from weightsmith.stats.room import UNDERSTOOD, NoneFits
 from weightsmith.weights import Pattern, PerTensor, Step, Weights, open, resolve
-
-UNDERSTOOD = "the weight of a linear layer or an ungrouped convolution that lies [out, in]"
 
 
 @card(
@@ -263,16 +261,7 @@ class _Plan:
 
     def _check_lacking(self, block: stats.Block, lacking: Sequence[str]) -> None:
         """Layers that were not reached are no error; those that cannot be understood are."""
-        for name in lacking:
-            inner = name.removeprefix(f"{block.name}.") if block.name else name
-            try:
-                one = stats.Gram(lambda other, inner=inner: other == inner)
-                one.counter(stats.Access(block.module, block.forward, block.forward))
-            except Error:
-                raise Error(
-                    f"{name} is not {UNDERSTOOD}, so the inputs of its layer do not say what it may lose; leave it out "
-                    "with pattern="
-                ) from None
+        block.check_understood(lacking)
         if lacking:
             warnings.warn(
                 f"no token reached {listed(lacking)}: pruned by magnitude and not repaired; more calibration data may "

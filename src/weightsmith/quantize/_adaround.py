@@ -12,7 +12,7 @@ from torch import Tensor
 
 from weightsmith.card import card
 from weightsmith.errors import Error
-from weightsmith.quantize._coded import Coded, checked_matrix, coded, fitted
+from weightsmith.quantize._coded import Coded, checked_matrix, coded, fitted, row_errors, times
 from weightsmith.quantize._neighbours import neighbours
 from weightsmith.quantize.grids import Grid, Integer
 from weightsmith.solve import steadied
@@ -133,21 +133,6 @@ def pulled(soft: Tensor, beta: float) -> Tensor:
     r"""The slope of :math:`1 - |2h - 1|^\beta`."""
     out = soft.mul(2).sub_(1)
     return out.abs().pow_(beta - 1).mul_(out.sign()).mul_(-2 * beta)
-
-
-def times(error: Tensor, gram: Tensor) -> Tensor:
-    """``error [out, in]`` times a Gram matrix of any form."""
-    if gram.dim() == 1:
-        return error * gram
-    if gram.dim() == 3:
-        runs = error.unflatten(1, gram.shape[:2]).transpose(0, 1)
-        return (runs @ gram).transpose(0, 1).flatten(1)
-    return error @ gram
-
-
-def row_errors(error: Tensor, gram: Tensor) -> Tensor:
-    """The squared error of each output: ``[out]``."""
-    return times(error, gram).mul_(error).sum(1)
 
 
 def steady(gram: Tensor, damp: float, shrink: float) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from weightsmith.card import card
 from weightsmith.errors import Error
-from weightsmith.quantize._coded import Coded, checked_matrix, coded, diagonal, fitted
+from weightsmith.quantize._coded import Coded, checked_matrix, coded, energy_of, fitted
 from weightsmith.quantize.grids import Grid, MixedTypes
 
 
@@ -50,5 +50,5 @@ def bitmod(
     if not isinstance(grid, MixedTypes):
         raise Error(f"bitmod rounds to mixed tables alone (grid='bitmod'), got {grid}")
     rows = checked_matrix("bitmod", weight, gram)
-    shared, heed = grid.shared(rows), None if gram is None else diagonal(gram)
+    shared, heed = grid.shared(rows), None if gram is None else energy_of(gram)
     return coded(rows, grid, fitted(rows, grid, gram, clip=clip, shared=shared, importance=heed), shared)

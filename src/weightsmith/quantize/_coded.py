@@ -184,9 +184,19 @@ def matrix_of(gram: Tensor) -> Tensor:
     return torch.block_diag(*gram) if gram.dim() == 3 else torch.diag(gram) if gram.dim() == 1 else gram
 
 
-def diagonal(gram: Tensor) -> Tensor:
-    """``[in]`` of a Gram matrix ``[in, in]``, of blocks ``[in / b, b, b]`` or of what is its diagonal already."""
-    return gram if gram.dim() == 1 else gram.diagonal(dim1=-2, dim2=-1).flatten()
+def times(error: Tensor, gram: Tensor) -> Tensor:
+    """``error [out, in]`` times a Gram matrix of any form."""
+    if gram.dim() == 1:
+        return error * gram
+    if gram.dim() == 3:
+        runs = error.unflatten(1, gram.shape[:2]).transpose(0, 1)
+        return (runs @ gram).transpose(0, 1).flatten(1)
+    return error @ gram
+
+
+def row_errors(error: Tensor, gram: Tensor) -> Tensor:
+    """The squared error of each output: ``[out]``."""
+    return times(error, gram).mul_(error).sum(1)
 
 
 def coded(weight: Tensor, grid: Grid, params: Params | None = None, shared: Params | None = None) -> Coded:
@@ -213,13 +223,7 @@ def output_error(weight: Tensor, other: Tensor, gram: Tensor) -> Tensor:
         weight, other: ``[out, in]``.
         gram: of the inputs, ``[in, in]``, blocks ``[in / b, b, b]`` or ``[in]``.
     """
-    apart = (weight - other).to(gram.dtype)
-    if gram.dim() == 1:
-        return (apart.square() @ gram).sum()
-    if gram.dim() == 3:
-        runs = apart.unflatten(1, gram.shape[:2]).transpose(0, 1)
-        return ((runs @ gram) * runs).sum()
-    return ((apart @ gram) * apart).sum()
+    return row_errors((weight - other).to(gram.dtype), gram).sum()
 
 
 def by_rows(gram: Tensor, inputs: int) -> bool:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from weightsmith.card import card
 from weightsmith.errors import Error
-from weightsmith.quantize._adaround import Adam, row_errors, steady, times
-from weightsmith.quantize._coded import Coded, checked_matrix, coded, fitted, runs_of
+from weightsmith.quantize._adaround import Adam, steady
+from weightsmith.quantize._coded import Coded, checked_matrix, coded, fitted, row_errors, runs_of, times
 from weightsmith.quantize._neighbours import reach
 from weightsmith.quantize.grids import Grid, Integer, Params
 

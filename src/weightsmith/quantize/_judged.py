@@ -7,26 +7,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from weightsmith.errors import Error
+from weightsmith.language import whole
 from weightsmith.stats.room import default_forward, mapped
-from weightsmith.weights import Weights, as_dtype, open
+from weightsmith.weights import Weights
 
 LEAST = float(torch.finfo(torch.float16).min)
 """Log-probabilities below this, of tokens that a model rules out, are told as this."""
-
-
-def language_model(weights: Any, dtype: torch.dtype | str | None = None, device: Any = None) -> nn.Module:
-    """The whole model that predicts the next token, in evaluation mode; float32 and on the CPU by default.
-
-    Raises:
-        Error: no config or tokenizer beside the weights, or a model that predicts no next token.
-    """
-    from weightsmith.language import carried, described, with_weights
-
-    config, _ = described(carried(open(weights)))
-    return with_weights(config, open(weights), as_dtype(dtype or torch.float32)).eval().to(device)
 
 
 def moved(batches: Sequence[Any], device: Any) -> list[Any]:
@@ -44,7 +33,7 @@ class Judge:
     def __init__(self, weights: Weights, batches: Sequence[Any], dtype: str = "float32", device: str = "cpu"):
         if not batches:
             raise Error("judging needs at least one batch that was not calibrated on, got none")
-        self.model = language_model(weights, dtype, device)
+        self.model = whole(weights, dtype, device)
         self.batches = moved(batches, device)
         self.whole = [self._answers(batch).to(torch.float16).cpu() for batch in self.batches]
         if not sum(map(len, self.whole)):

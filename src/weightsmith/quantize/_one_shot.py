@@ -15,8 +15,9 @@ import torch
 from weightsmith import calibration
 from weightsmith.card import card
 from weightsmith.errors import Error, did_you_mean
+from weightsmith.language import whole
 from weightsmith.prune import prunable
-from weightsmith.quantize._judged import language_model, moved
+from weightsmith.quantize._judged import moved
 from weightsmith.quantize._sequential import kernel_of, sequential
 from weightsmith.quantize.budget import curves, mixed
 from weightsmith.quantize.grids import Grid
@@ -185,6 +186,6 @@ def transformed(
     options = {key: value for key, value in about.items() if every or key in signature}
     options |= {key: value for key, value in running.items() if key in signature}
     if "loss" in signature:
-        options["model"] = language_model(weights, **running)
+        options["model"] = whole(weights, **running)
         batches = moved(batches, running["device"])
     return method(weights, batches, **options)

@@ -24,10 +24,8 @@ from weightsmith.quantize._gptq import shared_factor
 from weightsmith.quantize._layout import parts_of, with_codes
 from weightsmith.quantize.room import Plan, Source, planned, rounded, takes_gram
 from weightsmith.stats import Batch, Forward
-from weightsmith.stats.room import NoneFits
+from weightsmith.stats.room import UNDERSTOOD, NoneFits
 from weightsmith.weights import Held, Pattern, Step, Weights, open
-
-UNDERSTOOD = "the weight of a linear layer or an ungrouped convolution that lies [out, in]"
 
 
 @card(
@@ -226,16 +224,7 @@ class _Visitor:
                 stacklevel=4,
             )
         lacking = [name for name in lacking if name not in fused]
-        for name in lacking:
-            inner = name.removeprefix(f"{block.name}.") if block.name else name
-            try:
-                one = stats.Gram(lambda other, inner=inner: other == inner)
-                one.counter(stats.Access(block.module, block.forward, block.forward))
-            except Error:
-                raise Error(
-                    f"{name} is not {UNDERSTOOD}, so the inputs of its layer do not say what it may lose; leave it out "
-                    "with pattern="
-                ) from None
+        block.check_understood(lacking)
         if lacking:
             warnings.warn(
                 f"no token reached {listed(lacking)}: rounded to nearest; more calibration data may reach them",

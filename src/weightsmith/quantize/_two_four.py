@@ -11,7 +11,7 @@ from torch import Tensor
 
 from weightsmith.card import card
 from weightsmith.errors import Error
-from weightsmith.quantize._coded import Coded, checked_matrix, diagonal, runs_of
+from weightsmith.quantize._coded import Coded, checked_matrix, energy_of, runs_of
 from weightsmith.quantize._gptq import column_by_column
 from weightsmith.quantize.grids import Grid, TwoFour
 from weightsmith.solve import BLOCK
@@ -31,7 +31,7 @@ def fine_groups(weight: Tensor, group: int | None, count: int, gram: Tensor | No
     >>> fine_groups(torch.tensor([[0.0, 1.0, 0.0, 3.0, 2.0, 2.5]]), 2, 1)
     tensor([[False,  True, False]])
     """
-    heed = weight.new_ones(weight.shape[1]) if gram is None else diagonal(gram).to(weight)
+    heed = weight.new_ones(weight.shape[1]) if gram is None else energy_of(gram).to(weight)
     parts = []
     for runs, weights in zip(runs_of(weight, group), runs_of(heed.unsqueeze(0), group), strict=True):
         low, high = torch.aminmax(runs, dim=-1) if runs.shape[-1] else (runs.new_zeros(runs.shape[:-1]),) * 2

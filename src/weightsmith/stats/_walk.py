@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from weightsmith import progress
 from weightsmith._version import __version__
 from weightsmith.errors import Error, did_you_mean, listed
+from weightsmith.stats._gram import Gram
 from weightsmith.stats._walk_inputs import Arguments, CallRecorder, InFile, InMemory, Run, digest, first_of, on_device
 from weightsmith.stats._walk_modules import Filler, blocks_of, described, naming, prefix_of, under, without_cache
 from weightsmith.stats.room import (
+    UNDERSTOOD,
     Access,
     Batch,
     Forward,
@@ -70,6 +72,18 @@ class Block:
     def names(self) -> tuple[str, ...]:
         """Its tensors."""
         return tuple(self.weights)
+
+    def check_understood(self, names: Iterable[str]) -> None:
+        """An error for a tensor that is no `UNDERSTOOD`, so that no Gram matrix could ever be gathered for it."""
+        for name in names:
+            inner = name.removeprefix(f"{self.name}.") if self.name else name
+            try:
+                Gram(lambda other, inner=inner: other == inner).counter(Access(self.module, self.forward, self.forward))
+            except Error:
+                raise Error(
+                    f"{name} is not {UNDERSTOOD}, so the inputs of its layer do not say what it may lose; leave it out "
+                    "with pattern="
+                ) from None
 
     def forward(self, module: Callable[..., Any], batch: Batch) -> Tensor:
         """The hidden state ``[n, ...]`` after a module that is called as this block is."""

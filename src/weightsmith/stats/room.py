@@ -38,6 +38,10 @@ KIND, EXAMPLES, ROWS = "weightsmith.statistic", "weightsmith.examples", "weights
 IGNORED = -100  # labels of this value count for nothing, as in PyTorch
 
 
+UNDERSTOOD = "the weight of a linear layer or an ungrouped convolution that lies [out, in]"
+"""Of what the inputs of a layer say all there is to know."""
+
+
 class NoneFits(Error):
     """No weight of a model that a statistic speaks of fits its pattern."""
 

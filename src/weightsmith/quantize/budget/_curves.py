@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from weightsmith import stats
 from weightsmith.card import card, card_of
 from weightsmith.errors import Error, listed
-from weightsmith.quantize._coded import Coded
-from weightsmith.quantize._judged import language_model, moved
+from weightsmith.language import whole
+from weightsmith.quantize._coded import Coded, row_errors
+from weightsmith.quantize._judged import moved
 from weightsmith.quantize._layout import endings_of
 from weightsmith.quantize._rtn import rtn
 from weightsmith.quantize._sequential import kernel_of
@@ -135,7 +136,7 @@ def sensitivity(
     """What a squared change of each output, summed over rows, costs in nats a token: ``{name: [out]}``."""
     if model is None:
         try:
-            model = language_model(weights, dtype, device)
+            model = whole(weights, dtype, device)
         except Error as error:
             raise Error(f"errors by loss: {error}; those by output (by='output') ask no loss") from None
     # A module that is given is asked where it is: moving it would be seen by its owner.
@@ -170,8 +171,7 @@ def _error(
 
 def _by_output(values: Tensor, gram: Tensor) -> Tensor:
     """``[out]``: the squares of what each row gives on the data."""
-    values = values.to(gram.dtype)
-    return ((values @ gram) * values).sum(1).clamp(min=0)
+    return row_errors(values.to(gram.dtype), gram).clamp(min=0)
 
 
 def _level(plan: Plan, error: float) -> Level:

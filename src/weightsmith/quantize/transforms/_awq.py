@@ -18,6 +18,7 @@ from weightsmith.card import card
 from weightsmith.errors import Error
 from weightsmith.graph import UnitGraph
 from weightsmith.quantize import _rtn
+from weightsmith.quantize._coded import energy_of
 from weightsmith.quantize.room import Plan, planned
 from weightsmith.quantize.transforms._parts import Reading, floored, gathered, graph_of, readings, sizes_of
 from weightsmith.quantize.transforms._places import Place, places, scaled
@@ -148,7 +149,7 @@ def _found(
     known = sizes_of(place, sizes, "mean")
     if known is None:
         names = [side.tensor for side in place.readers]
-        roots = {name: _diagonal(grams[name]).clamp(min=0).sqrt() for name in names if name in grams}
+        roots = {name: energy_of(grams[name]).clamp(min=0).sqrt() for name in names if name in grams}
         known = sizes_of(place, roots, "mean")
     if known is None:
         return None
@@ -198,7 +199,3 @@ def factors_for(sizes: Tensor, exponent: float) -> Tensor:
     """
     power = floored(sizes) ** exponent
     return power / (power.max() * power.min()).sqrt() if len(power) else power
-
-
-def _diagonal(gram: Tensor) -> Tensor:
-    return gram if gram.dim() == 1 else gram.diagonal(dim1=-2, dim2=-1).flatten()
