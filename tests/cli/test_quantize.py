@@ -58,6 +58,27 @@ def test_on_a_text_is_what_python_makes(run, llama: Path):
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+@pytest.mark.parametrize(
+    ("method", "words", "options"),
+    [
+        ("gptq", ("--guide", "loss"), {"guide": "loss"}),
+        ("reconstruct", ("--steps", 2, "--train", "weights and steps"), {"steps": 2, "train": "weights and steps"}),
+        ("rtn", ("--transform", "rotate"), {"transform": "rotate"}),
+    ],
+)
+def test_ways_are_those_of_python(run, llama: Path, method: str, words: tuple[str, ...], options: dict[str, object]):
+    near, out = llama.parent / "near.txt", llama.parent / "out"
+    status, _, err = run(
+        "quantize", method, llama, "--bits", 3, "--group", 8, "--calibrate", near, *SIZES, *words, "-o", out
+    )
+    assert status == 0, err
+    expected = ws.quantize.one_shot(llama, 3, calibrate=str(near), method=method, group=8, samples=4, length=32,
+                                    **options)  # fmt: skip
+    found = ws.open(out)
+    assert list(found) == list(expected)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 def test_values_and_a_report(run, llama: Path):
     near, out, page = llama.parent / "near.txt", llama.parent / "out", llama.parent / "r.html"
     status, said, err = run(

@@ -148,6 +148,33 @@ def test_a_transform_that_runs_the_whole_model_gets_it(shared_llama: Path):
         torch.testing.assert_close(back[name], expected[name])
 
 
+def test_guided_and_learned_are_their_parts(shared_llama: Path):
+    batches = list(calibration.texts(shared_llama, [shared_llama.parent / "near.txt"], **SIZES))
+    found = one_shot(shared_llama, 3, calibrate=batches, group=8, guide="attention")
+    same(found, quantize.rsq(shared_llama, batches, "gptq", bits=3, group=8))
+    plain = one_shot(shared_llama, 3, calibrate=batches, group=8)
+    assert any(not torch.equal(found[name], plain[name]) for name in plain)
+
+    model = pytest.importorskip("transformers", reason="loads a Hugging Face model").AutoModelForCausalLM
+    found = one_shot(shared_llama, 3, calibrate=batches, group=8, guide="loss")
+    alone = quantize.guidedquant(model.from_pretrained(shared_llama), batches, "gptq", bits=3, group=8)
+    assert set(found.files) == set(ws.open(shared_llama).files)
+    coded = [name for name in found if name.endswith(("_packed", "_scale"))]
+    assert len(coded) == 42
+    assert all(torch.equal(found[name], alone[name]) for name in coded)
+
+    found = one_shot(shared_llama, 3, calibrate=batches, method="reconstruct", group=8, steps=3, propagate="dense")
+    same(found, quantize.reconstruct(shared_llama, batches, bits=3, group=8, steps=3, propagate="dense"))
+    other = one_shot(shared_llama, 3, calibrate=batches, method="reconstruct", group=8, steps=3, dtype="bfloat16")
+    same(other, quantize.reconstruct(shared_llama, batches, bits=3, group=8, steps=3, compute="bfloat16"))
+
+
+def test_a_rotation_comes_first(shared_llama: Path):
+    batches = list(calibration.texts(shared_llama, [shared_llama.parent / "near.txt"], **SIZES))
+    found = one_shot(shared_llama, 3, calibrate=batches, method="rtn", group=8, transform="rotate")
+    same(found, rtn(quantize.transforms.rotate(shared_llama), bits=3, group=8))
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -158,6 +185,13 @@ def test_a_transform_that_runs_the_whole_model_gets_it(shared_llama: Path):
         (lambda m, t: one_shot(m, 3, calibrate=t, allocate="both"), "allocate is 'loss' or 'output', got 'both'"),
         (lambda m, t: one_shot(m, 3, calibrate=[]), "calibration needs a text file or batches"),
         (lambda m, t: one_shot(m, 3, calibrate=t, resume=True), "resume=True continues what is in store="),
+        (lambda m, t: one_shot(m, 3, calibrate=t, guide="luck"), "guide is 'attention' or 'loss', got 'luck'"),
+        (lambda m, t: one_shot(m, 3, calibrate=t, guide="loss", method="rtn"), "weighs Gram matrices, and rtn asks"),
+        (lambda m, t: one_shot(m, 3, calibrate=t, guide="loss", store="x"), "no finished blocks to keep in store="),
+        (lambda m, t: one_shot(m, 3, calibrate=t, guide="loss", method="reconstruct"), "and reconstruct asks for none"),
+        (lambda m, t: one_shot(m, 3, calibrate=t, method="reconstruct", step=3), "no option 'step' .did you mean"),
+        (lambda m, t: one_shot(m, 3, calibrate=t, method="reconstruct", train="luck"), "train is one of"),
+        (lambda m, t: one_shot(m, 3, calibrate=t, transform="qllm"), r"transform is one of awq, rotate, smooth"),
     ],
 )
 def test_refusals(shared_llama: Path, call: Any, message: str):

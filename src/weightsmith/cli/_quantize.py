@@ -25,6 +25,14 @@ _METHOD, _DATA, _AROUND, _FIGURES = "Method", "Data", "Around it", "Figures"
 
 ROOM = "quantize"
 
+LEARNED = "reconstruct"
+"""The rounding of whole blocks."""
+
+_GRID = ("bits", "group", "grid", "symmetric", "scale_dtype", "indivisible", "pattern")
+_LEARNING = (
+    "train", "steps", "lr", "range_lr", "window", "overlap", "pull", "rank", "divergence", "clip",
+)  # fmt: skip
+
 OURS = ("codes", "values")
 
 FORMATS = (
@@ -61,12 +69,11 @@ def methods() -> tuple[Method, ...]:
 
 def command(method: Method) -> click.Command:
     """The command of one rounding."""
-    _, *others = method.public
     points = usual_grid(method)
-    own = [_eased(one, points) for one in options_of(method, [p for p in others if p.name != "action"])]
+    own = [_eased(one, points) for one in _own(method)]
     names = {one.name for one in own}
-    more = [one for one in (*_data(128), *_around(), *_figures()) if one.name not in names]
-    asks = "stats.gram" in method.needs
+    more = [one for one in (*_data(128), *_around(method), *_figures()) if one.name not in names]
+    asks = _asks(method)
     text = " --calibrate text.txt" if asks else ""
     called = f"weightsmith quantize {method.name} model/"
     examples = [(f"{called}{' --bits 4 --group 128' if points == 'int' else ''}{text} -o out/", "Into a folder.")]
@@ -94,6 +101,21 @@ def command(method: Method) -> click.Command:
         examples=examples,
         status=SAVING,
     )
+
+
+def _own(method: Method) -> list[click.Option]:
+    """Options of a rounding and its grid; those of a grid are rounding's to nearest where a method passes them on."""
+    _, *others = method.public
+    if method.name != LEARNED:
+        return options_of(method, [p for p in others if p.name != "action"])
+    nearest = next(m for m in methods() if m.name == "rtn")
+    points = [p for p in nearest.public if p.name in _GRID]
+    return options_of(method, [p for p in others if p.name in _LEARNING]) + options_of(nearest, points)
+
+
+def _asks(method: Method) -> bool:
+    """Whether nothing can be done without data."""
+    return bool({"stats.gram", "data"} & set(method.needs))
 
 
 def _eased(one: click.Option, points: str) -> click.Option:
@@ -140,15 +162,22 @@ def _data(samples: int, required: bool = False) -> list[Option]:
     ]  # fmt: skip
 
 
-def _around() -> list[Option]:
+def _around(method: Method) -> list[Option]:
+    inputs = ["changed", "dense", *(["both"] if method.name == LEARNED else [])]
+    guide = [
+        Option(["--guide"], type=click.Choice(["attention", "loss"]), section=_DATA,
+               help="Let tokens count as much as the attention that they receive, or as the loss hangs on them.  "
+               "[default: all alike]")
+    ]  # fmt: skip
     transforms = [m.name for m in catalogue().methods if m.room == "quantize.transforms" and _by_data(m)]
     return [
-        Option(["--propagate"], type=click.Choice(["changed", "dense"]), default="changed", show_default=True,
+        Option(["--propagate"], type=click.Choice(inputs), default="changed", show_default=True,
                section=_DATA, help="Whether layers see what the quantized ones before them give."),
         Option(["--store"], type=PATH, metavar="FOLDER", section=_DATA,
                help="Keeps finished blocks; the same command goes on from there."),
         Option(["--transform"], type=click.Choice(transforms), section=_AROUND,
                help="What is done to the weights before; the function stays as it is."),
+        *(guide if any(p.name == "stats" for p in method.public) else []),
         Option(["--allocate"], type=click.Choice(["loss", "output"]), default="loss", show_default=True,
                section=_AROUND, help="By what a mean of --bits is shared among tensors."),
         Option(["--embeddings"], type=click.IntRange(1, 8), metavar="BITS", section=_AROUND,
@@ -177,7 +206,7 @@ def _figures(required: bool = False) -> list[Option]:
 
 
 def _by_data(method: Method) -> bool:
-    return any(p.name == "batches" for p in method.public)
+    return {p.name for p in method.public if p.default is None} <= {"weights", "batches"}
 
 
 # What it does
@@ -199,12 +228,13 @@ def _run(method: Method, source: str, chosen: Mapping[str, Any], more: dict[str,
 
 def _check(method: Method, options: Mapping[str, Any], more: Mapping[str, Any]) -> None:
     calibrates = bool(more["calibrate"])
-    if "stats.gram" in method.needs and not calibrates and "stats" not in options:
-        raise click.UsageError(f"{method.name} asks the data: add --calibrate TEXT (or --stats FILE)")
+    if _asks(method) and not calibrates and "stats" not in options:
+        other = "" if method.name == LEARNED else " (or --stats FILE)"
+        raise click.UsageError(f"{method.name} asks the data: add --calibrate TEXT{other}")
     if calibrates and "stats" in options:
         raise click.UsageError("--calibrate and --stats say the same thing in two ways; give one")
-    for name in ("transform", "store"):
-        if more[name] and not calibrates:
+    for name in ("transform", "guide", "store"):
+        if more.get(name) and not calibrates:
             raise click.UsageError(f"--{name} asks the data: add --calibrate TEXT")
     bits = options.get("bits")
     if isinstance(bits, float) and not bits.is_integer() and not calibrates:
@@ -218,10 +248,11 @@ def _check_format(method: Method, before: Weights, options: Mapping[str, Any], m
     from weightsmith import quantize
     from weightsmith.quantize.room import outlined
 
-    own = {name: value for name, value in options.items() if name != "stats"}
+    learned = method.name == LEARNED
+    own = {name: value for name, value in options.items() if name in _GRID or (name != "stats" and not learned)}
     if isinstance(own.get("bits"), float):
         own["bits"] = int(own["bits"])
-    found = outlined(quantize.METHODS[method.name].kernel, before, own)
+    found = outlined(quantize.METHODS["rtn" if learned else method.name].kernel, before, own)
     _packed(_embedded(found, options, more), more)
 
 
@@ -245,8 +276,9 @@ def _quantized(
             options.pop("seed", None)
         return quantize.one_shot(
             before, options.pop("bits", None), calibrate=batches, method=method.name, transform=more["transform"],
-            allocate=more["allocate"], embeddings=more["embeddings"], propagate=more["propagate"],
-            dtype=more["compute"], device=more["device"], store=more["store"], resume=bool(more["store"]),
+            guide=more.get("guide"), allocate=more["allocate"], embeddings=more["embeddings"],
+            propagate=more["propagate"], dtype=more["compute"], device=more["device"], store=more["store"],
+            resume=bool(more["store"]),
             **{"seed": more["seed"], **options},
         )  # fmt: skip
     if isinstance(options.get("bits"), float):
@@ -456,4 +488,8 @@ def _numbers(said: str) -> list[float]:
         raise click.UsageError(f"--bits {said!r} is no list of numbers, such as 2,3,4,8") from None
 
 
-_OTHERS = {"auto": _auto, "frontier": _frontier}
+def _reconstruct() -> click.Command:
+    return command(next(m for m in catalogue().methods if (m.room, m.name) == (ROOM, LEARNED)))
+
+
+_OTHERS = {LEARNED: _reconstruct, "auto": _auto, "frontier": _frontier}

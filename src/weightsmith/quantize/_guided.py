@@ -18,7 +18,7 @@ from weightsmith.errors import Error, listed
 from weightsmith.quantize._coded import Coded
 from weightsmith.quantize._layout import parts_of, with_codes
 from weightsmith.quantize._sequential import kernel_of
-from weightsmith.quantize.room import largest_divisor, planned, rounded
+from weightsmith.quantize.room import Source, largest_divisor, planned, rounded
 from weightsmith.stats import Batch, Loss
 from weightsmith.weights import Held, Pattern, Step, Weights, open
 
@@ -38,6 +38,7 @@ def guidedquant(
     batches: Iterable[Batch],
     method: str | Callable[..., Coded] = "lnq",
     *,
+    weights: Source | None = None,
     groups: int = 4,
     at_once: int | None = None,
     pattern: Pattern | None = None,
@@ -58,6 +59,8 @@ def guidedquant(
         model: asked in evaluation mode and left as it was.
         batches: ``(inputs, labels)`` or mappings, as for `weightsmith.stats.guided_gram`.
         method: the rounding, by its name or as a kernel.
+        weights: what is rounded and given back with what it carries, under the names of the model's; None for the
+            model's own.
         groups: runs of the outputs of each layer, of one size; the most that divide them and are not more than this.
         at_once: layers whose matrices are gathered together, one pass over the data each time; None for all layers in
             one pass.
@@ -86,7 +89,7 @@ def guidedquant(
             not isinstance(count, int) or isinstance(count, bool) or count < 1
         ):
             raise Error(f"{name} is a whole number from 1, got {count!r}")
-    opened, kernel = open(model), kernel_of(method)
+    opened, kernel = open(model if weights is None else weights), kernel_of(method)
     plans = planned(kernel, opened, {**options, "pattern": pattern})
     names = list(plans)
     runs = {name: largest_divisor(max(opened.spec(name).shape[0], 1), groups) for name in names}

@@ -17,14 +17,24 @@ from weightsmith.card import card
 from weightsmith.errors import Error, did_you_mean
 from weightsmith.language import whole
 from weightsmith.prune import prunable
+from weightsmith.quantize._guided import guidedquant
 from weightsmith.quantize._judged import moved
+from weightsmith.quantize._reconstruct import check_options, reconstruct
+from weightsmith.quantize._rsq import AttentionGram
 from weightsmith.quantize._sequential import kernel_of, sequential
 from weightsmith.quantize.budget import curves, mixed
 from weightsmith.quantize.grids import Grid
-from weightsmith.quantize.room import Source, planned
+from weightsmith.quantize.room import Source, planned, takes_gram
 from weightsmith.weights import Pattern, PerTensor, Weights, as_dtype, open
 
 Allocate = Literal["loss", "output"]
+Guide = Literal["attention", "loss"]
+
+LEARNED = "reconstruct"
+"""What rounds whole blocks and not one layer at a time."""
+
+GROUPS, GRAMS = 4, 2**31
+"""Guided by the loss: Gram matrices of a layer, and bytes that those of several may take together."""
 
 WIDTHS = (2, 3, 4, 5, 6, 8)
 """Among which a mean is shared."""
@@ -52,6 +62,7 @@ def one_shot(
     scale_dtype: PerTensor[torch.dtype | str] | None = None,
     indivisible: Literal["error", "ragged", "pad", "shrink", "skip"] = "error",
     transform: str | None = None,
+    guide: Guide | None = None,
     allocate: Allocate = "loss",
     embeddings: int | None = None,
     pattern: Pattern | None = None,
@@ -72,7 +83,7 @@ def one_shot(
         bits: of a code, possibly by tensor; a number between two whole ones is the mean of a mixed budget, which the
             data share among the tensors. Default: the grid's own.
         calibrate: text files, or batches as `weightsmith.stats.collect` takes them.
-        method: a rounding of this room.
+        method: a rounding of this room, or ``"reconstruct"``, in which whole blocks learn.
         group: inputs that share parameters; None for the grid's own.
         grid: a word of `weightsmith.quantize.grids`, or a grid; None for the method's own.
         symmetric: whether zero is in the middle of an integer grid.
@@ -80,12 +91,15 @@ def one_shot(
         indivisible: what is done where groups do not fill a row.
         transform: what is done to the weights before, the function staying as it is: a method of
             `weightsmith.quantize.transforms` that asks for no more than data.
+        guide: what says how much each token counts: the ``"attention"`` it receives (`rsq`), or how far the ``"loss"``
+            hangs on what a layer gives for it (`guidedquant`); None for all alike.
         allocate: by what a mixed budget is shared, see `weightsmith.quantize.budget.curves`.
         embeddings: bits of embeddings and head, rounded to nearest; None leaves them as they are.
         pattern: names of tensors; by default matrices, but not embeddings and the head.
         samples: windows of the texts.
         length: tokens of a window.
-        propagate: whether blocks are given what the quantized ones before them give (``changed``) or the dense ones.
+        propagate: whether blocks are given what the quantized ones before them give (``changed``) or the dense ones;
+            guided by the loss, all see what the whole model gives.
         dtype: in what the model computes.
         device: where.
         store: a folder that keeps finished blocks, for a job that may be interrupted.
@@ -95,24 +109,29 @@ def one_shot(
 
     Returns:
         Weights: with codes for tensors. Memory: that of `sequential`; for a mixed budget by loss, and for a transform
-        that runs it, the whole model.
+        that runs it, the whole model; guided by the loss, also two gigabytes of Gram matrices.
 
     Raises:
         Error: a name that is not there or cannot be used here, a text that is too short, or what the parts refuse.
     """
     opened = open(weights)
-    kernel = kernel_of(method)
+    learned = method == LEARNED
+    kernel = kernel_of("rtn" if learned else method)
     about: dict[str, Any] = {
         "group": group, "grid": grid, "symmetric": symmetric, "scale_dtype": scale_dtype, "indivisible": indivisible,
         "pattern": pattern,
     }  # fmt: skip
     about = {name: value for name, value in about.items() if value is not None}
-    if "seed" in inspect.signature(kernel).parameters:
+    if learned or "seed" in inspect.signature(kernel).parameters:
         options = {"seed": seed, **options}
+    if learned:
+        check_options(options)
+    _check_guide(guide, method, kernel, options, store)
+    own = {} if learned else options
     mean = bits if isinstance(bits, float) and not bits.is_integer() else None
     width: Any = int(bits) if isinstance(bits, float) else bits
-    planned(kernel, opened, {**about, **options, "bits": width})  # what does not go together is found now
-    widths = [one for one in WIDTHS if mean is not None and _can_be(kernel, opened, {**about, **options, "bits": one})]
+    planned(kernel, opened, {**about, **own, "bits": width})  # what does not go together is found now
+    widths = [one for one in WIDTHS if mean is not None and _can_be(kernel, opened, {**about, **own, "bits": one})]
     if allocate not in get_args(Allocate):
         raise Error(f"allocate is 'loss' or 'output', got {allocate!r}")
     if embeddings is not None:
@@ -131,13 +150,43 @@ def one_shot(
     changed = opened
     if transform is not None:
         changed = transformed(transform, opened, batches, {**about, "bits": width}, running)
-    done = sequential(
-        changed, batches, kernel, bits=width, propagate=propagate, store=store, resume=resume, **about, **running,
-        **options,
-    )  # fmt: skip
+    how: dict[str, Any] = {**about, **options, "bits": width}
+    kept: dict[str, Any] = {"propagate": propagate, "store": store, "resume": resume}
+    if learned:
+        compute = None if running["dtype"] == torch.float32 else dtype
+        done = reconstruct(changed, batches, compute=compute, device=device, **kept, **how)
+    elif guide == "loss":
+        done = _by_loss(changed, batches, kernel, how, running)
+    else:
+        gram = AttentionGram(sums=torch.float32) if guide == "attention" else None
+        done = sequential(changed, batches, kernel, gram=gram, **kept, **running, **how)
     if embeddings is None:
         return done
     return with_embeddings(done, embeddings, {name: told[name] for name in AROUND if name in told})
+
+
+def _check_guide(guide: Guide | None, method: str, kernel: Any, options: Mapping[str, Any], store: str | None) -> None:
+    if guide is None:
+        return
+    if guide not in get_args(Guide):
+        raise Error(f"guide is 'attention' or 'loss', got {guide!r}")
+    if method == LEARNED or not takes_gram(kernel) or (method == "rtn" and not options.get("clip")):
+        raise Error(f"guide={guide!r} weighs Gram matrices, and {method} asks for none")
+    if guide == "loss" and store is not None:
+        raise Error("guide='loss' asks the whole model at once, so there are no finished blocks to keep in store=")
+
+
+def _by_loss(
+    weights: Weights, batches: Sequence[Any], kernel: Any, how: Mapping[str, Any], running: Mapping[str, Any]
+) -> Weights:
+    """Rounded with Gram matrices that know the loss, some layers at a time."""
+    plans = planned(kernel, weights, how)
+    widest = max(plan.layout.inputs for plan in plans.values())
+    at_once = max(GRAMS // (8 * GROUPS * widest**2), 1)
+    model, data = whole(weights, **running), moved(batches, running["device"])
+    return guidedquant(
+        model, data, kernel, weights=weights, groups=GROUPS, at_once=at_once, **{**how, "pattern": list(plans)}
+    )
 
 
 def _can_be(kernel: Any, weights: Weights, options: Mapping[str, Any]) -> bool:
@@ -170,10 +219,18 @@ def embeddings_of(weights: Weights) -> list[str]:
 def transforming(name: str) -> Any:
     """A transform that asks for no more than weights and data."""
     known = importlib.import_module("weightsmith.quantize.transforms").METHODS
-    usable = [one for one in known if {"batches"} <= set(inspect.signature(known[one]).parameters)]
+    usable = [name for name, one in known.items() if _asks(one) <= {"weights", "batches"}]
     if name not in usable:
         raise Error(f"transform is one of {', '.join(usable)}; got {name!r}{did_you_mean(name, usable)}")
     return known[name]
+
+
+def _asks(method: Any) -> set[str]:
+    """What must be given."""
+    return {
+        p.name for p in inspect.signature(method).parameters.values()
+        if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+    }  # fmt: skip
 
 
 def transformed(
@@ -188,4 +245,4 @@ def transformed(
     if "loss" in signature:
         options["model"] = whole(weights, **running)
         batches = moved(batches, running["device"])
-    return method(weights, batches, **options)
+    return method(weights, batches, **options) if "batches" in signature else method(weights, **options)

@@ -8,10 +8,11 @@ blocks by later ones. Where a window holds several blocks, they learn together t
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -22,7 +23,7 @@ from torch.nn.functional import kl_div, log_softmax
 
 from weightsmith import progress, stats
 from weightsmith.card import card
-from weightsmith.errors import Error, listed
+from weightsmith.errors import Error, did_you_mean, listed
 from weightsmith.quantize import _rtn
 from weightsmith.quantize._layout import parts_of, with_codes
 from weightsmith.quantize._learners import RATES, Learner, Train, learner
@@ -53,7 +54,9 @@ those that whole blocks give; or on both, each time to give what whole blocks wo
 def reconstruct(
     weights: Source,
     batches: Iterable[Batch],
-    train: Train = "signed rounding",
+    train: Literal[
+        "rounding", "low-rank rounding", "signed rounding", "division", "weights and steps"
+    ] = "signed rounding",
     *,
     steps: int = 200,
     lr: float | None = None,
@@ -96,13 +99,13 @@ def reconstruct(
             it was.
         batches: calibration data, small ones: ``inputs``, ``(inputs, labels)`` or mappings, such as
             `weightsmith.calibration.texts` makes. Tokens whose ``attention_mask`` is 0 do not count.
-        train: what learns, see `Train`: ``"rounding"``, ``"low-rank rounding"``, ``"signed rounding"``,
+        train: what learns: ``"rounding"``, ``"low-rank rounding"``, ``"signed rounding"``,
             ``"division"`` or ``"weights and steps"``.
         steps: of the optimizer (Adam; for signed rounding descent along signs), for each window. Its rates fall to
             zero along a line.
-        lr: of what moves weights, in steps of the grid (for sliders and divisors as they are); None for
-            `RATES`.
-        range_lr: of steps and zeros, as a share; None for `RATES`. 0 lets the grid stand.
+        lr: of what moves weights, in steps of the grid (for sliders and divisors as they are); None for what is usual
+            for what learns.
+        range_lr: of steps and zeros, as a share; None for what is usual. 0 lets the grid stand.
         window: blocks that learn together.
         overlap: how many of them learn again with the next window; less than ``window``.
         propagate: which inputs blocks learn on: ``"changed"``, ``"dense"`` or ``"both"``.
@@ -162,6 +165,16 @@ def reconstruct(
         return Weights(nodes, step, opened.files, opened.metadata)
     coded = {name: parts | {"_shape": Held(torch.tensor(plans[name].layout.shape))} for name, parts in made.items()}
     return with_codes(opened, coded, {name: plans[name].layout for name in coded}, step)
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """An error for options that `reconstruct` would not take, before what comes before it has taken its time."""
+    known = inspect.signature(reconstruct).parameters
+    for name in options:
+        if name not in known:
+            raise Error(f"reconstruct has no option {name!r}{did_you_mean(name, known)}")
+    usual = {one.name: known[one.name].default for one in fields(Settings)}
+    Settings(**usual | {name: value for name, value in options.items() if name in usual})
 
 
 @dataclass(frozen=True)
