@@ -37,15 +37,16 @@ from _peers import calibrated, job, judged, machine, prepared, run, settled, ver
 OURS: dict[str, dict[str, Any]] = {
     "rtn": {"method": "rtn"},
     "rtn, clipped": {"method": "rtn", "clip": 8},
-    "gptq": {"method": "gptq", "damp": 0.01, "clip": 0},
-    "gptq, damped, clipped": {"method": "gptq", "damp": 0.1, "clip": 8},
-    "gptq, by activation": {"method": "gptq", "damp": 0.01, "clip": 0, "order": "activation"},
-    "gptq, by activation, damped, clipped": {"method": "gptq", "damp": 0.1, "clip": 8, "order": "activation"},
-    "awq, gptq, by activation": {"method": "gptq", "transform": "awq", "damp": 0.1, "clip": 8, "order": "activation"},
+    "gptq": {"method": "gptq", "damp": 0.01, "clip": 0},  # as the peer: columns by activation, the paper's damping
+    "gptq, in the given order": {"method": "gptq", "damp": 0.01, "clip": 0, "order": "given"},
+    "gptq, damped, clipped, in the given order": {"method": "gptq", "order": "given"},
+    "gptq, damped, clipped": {"method": "gptq"},
     "awq": {"method": "rtn", "transform": "awq", "clip": 8},
-    "awq, gptq": {"method": "gptq", "transform": "awq", "damp": 0.1, "clip": 8},
-    "signed rounding": {"train": "signed rounding", "steps": 20},
-    "signed rounding, 100 steps": {"train": "signed rounding", "steps": 100},
+    "awq, gptq": {"method": "gptq", "transform": "awq"},
+    "signed rounding": {"method": "reconstruct", "steps": 20},
+    "signed rounding, 100 steps": {"method": "reconstruct", "steps": 100},
+    "awq, signed rounding, 100 steps": {"method": "reconstruct", "transform": "awq", "steps": 100},
+    "weights and steps, 100 steps": {"method": "reconstruct", "train": "weights and steps", "steps": 100},
 }
 
 # What a peer does, by our name for it where we have one.
@@ -64,10 +65,7 @@ batches = [{"input_ids": torch.tensor([window])} for window in windows]
 weights = ws.open(model)
 started = cpu()
 how = {"bits": int(bits), "group": int(group), "symmetric": False}
-if "train" in options:
-    coded = ws.quantize.reconstruct(weights, batches, compute=compute, **how, **options)
-else:
-    coded = ws.quantize.one_shot(weights, calibrate=batches, dtype=compute, store=out + ".store", **how, **options)
+coded = ws.quantize.one_shot(weights, calibrate=batches, dtype=compute, store=out + ".store", **how, **options)
 ws.quantize.dequantize(coded).save(out, overwrite=True)
 done(started)
 """

@@ -78,3 +78,30 @@ def test_a_folder_that_compressed_tensors_made_is_read(tmp_path: Path):
     config = quantization.QuantizationConfig(config_groups={"group_0": scheme}, format="pack-quantized")
     (tmp_path / "coded" / "config.json").write_text(f'{{"quantization_config": {config.model_dump_json()}}}')
     assert torch.equal(ws.quantize.dequantize(tmp_path / "coded")["l.weight"], found.values())
+
+
+@pytest.mark.parametrize(
+    ("element", "format"),
+    [("e2m1", "mxfp4-pack-quantized"), ("e2m3", "mxfp6-pack-quantized"), ("e4m3", "mxfp8-quantized")],
+)
+def test_floats_with_shared_powers_as_they_decompress_them(element: str, format: str):
+    from compressed_tensors.compressors import BaseCompressor
+
+    from weightsmith.quantize.grids import Microscaling
+
+    if format not in BaseCompressor.registered_names():
+        pytest.skip(f"this compressed-tensors has no {format}")
+    weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(0)) * 2.0 ** torch.arange(-4, 4)[:, None]
+    codes = ws.quantize.rtn({"l.weight": weight}, grid=Microscaling(element), pattern="*")
+    packed = ws.quantize.formats.pack(codes)
+    args = quantization.QuantizationArgs(
+        num_bits={"e2m1": 4, "e2m3": 6, "e4m3": 8}[element], type="float", strategy="group", group_size=32,
+        scale_dtype=torch.uint8, zp_dtype=torch.uint8,
+    )  # fmt: skip
+    scheme = quantization.QuantizationScheme(targets=["Linear"], weights=args, format=format)
+    theirs = BaseCompressor.get_value_from_registry(format).decompress(
+        {name.removeprefix("l."): packed[name] for name in packed}, scheme
+    )
+    expected = ws.quantize.dequantize(codes)["l.weight"]
+    torch.testing.assert_close(theirs["weight"].float(), expected, rtol=0, atol=0)
+    assert torch.equal(ws.quantize.formats.unpack(packed)["l.weight"].float(), expected)

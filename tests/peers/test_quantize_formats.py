@@ -14,7 +14,7 @@ from torch import Tensor
 import weightsmith as ws
 from weightsmith.quantize._parts import pack, unpack
 from weightsmith.quantize.formats import _compressed_tensors as ours
-from weightsmith.quantize.grids import Float, Integer, Microscaling, NvFloat4
+from weightsmith.quantize.grids import Float, Integer, Microscaling, NvFloat4, Ternary
 
 WHY = 'pip install "weightsmith[peers]"'
 transformers = pytest.importorskip("transformers", reason=f"needs transformers: {WHY}", exc_type=ImportError)
@@ -26,12 +26,14 @@ TOKENS = torch.tensor([[5, 60, 7, 33, 21, 12, 40, 3, 9]])
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama of random weights, with grouped heads, and a tokenizer of bytes."""
-    folder = tmp_path_factory.mktemp("formats") / "whole"
+    return llama(tmp_path_factory.mktemp("formats") / "whole", hidden_size=64, intermediate_size=96)
+
+
+def llama(folder: Path, **sizes: int) -> Path:
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=258, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, initializer_range=0.3, tie_word_embeddings=False, bos_token_id=256, eos_token_id=257,
-        max_position_embeddings=64,
+        vocab_size=258, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3,
+        tie_word_embeddings=False, bos_token_id=256, eos_token_id=257, max_position_embeddings=64, **sizes,
     )  # fmt: skip
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
     letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
@@ -70,6 +72,8 @@ GRIDS = {
     "e4m3": ({"grid": Float("e4m3")}, torch.float32),
     "e4m3, one scale": ({"grid": Float("e4m3", per_tensor=True)}, torch.float32),
     "mxfp4": ({"grid": Microscaling("e2m1")}, torch.bfloat16),
+    "mxfp6": ({"grid": Microscaling("e2m3")}, torch.bfloat16),
+    "mxfp8": ({"grid": Microscaling("e4m3")}, torch.bfloat16),
     "nvfp4": ({"grid": NvFloat4()}, torch.bfloat16),
 }
 
@@ -140,11 +144,12 @@ def test_their_packing_of_zero_points_and_small_floats():
         assert torch.equal(ours._signed(unpack(pack(codes, bits), bits, 70), bits), signed)
     values = torch.tensor([[0.0, 0.5, 1, 1.5, 2, 3, 4, 6], [-0.5, -1, -1.5, -2, -3, -4, -6, 0]])
     grid = Microscaling("e2m1")
-    found = ours._nibbles(grid.encode(values, {"scale": torch.ones(2)}), {"scale": torch.ones(2, 1)}, "w")
+    found = ours._small(grid.encode(values, {"scale": torch.ones(2)}), {"scale": torch.ones(2, 1)}, "w", 4)
     assert torch.equal(found["w_packed"], base.nvfp4.helpers.pack_fp4_to_uint8(values))
     powers = 2.0 ** torch.tensor([[-20.0, -1, 0, 1, 30]])
     theirs = base.mx_utils.compress_mx_scale(powers, torch.uint8)
-    assert torch.equal(ours._nibbles(torch.zeros(1, 2, dtype=torch.uint8), {"scale": powers}, "w")["w_scale"], theirs)
+    codes = torch.zeros(1, 8, dtype=torch.uint8)
+    assert torch.equal(ours._small(codes, {"scale": powers}, "w", 4)["w_scale"], theirs)
 
 
 def test_transformers_refuses_what_it_cannot_read(whole: Path, tmp_path: Path):
@@ -207,6 +212,21 @@ def test_llama_cpp_computes_what_the_codes_say(kind: str, whole: Path, tmp_path:
     # Where weights are coded, llama.cpp rounds the inputs of layers to 8 bits, and other codes would be seen.
     assert error < (0.02 if coded is None else 0.25), (error, plain)
     assert coded is None or kind == "Q8_0" or error < plain / 2, (error, plain)
+
+
+@pytest.mark.parametrize("kind", ["TQ2_0", "TQ1_0"])
+def test_llama_cpp_computes_with_three_values(kind: str, tmp_path: Path):
+    """Rows of whole blocks of 256."""
+    pytest.importorskip("xllamacpp", reason="runs GGUF files in llama.cpp: pip install xllamacpp")
+    wide = llama(tmp_path / "wide", hidden_size=256, intermediate_size=512)
+    coded = ws.quantize.rtn(wide, grid=Ternary(group=256, scale_dtype=torch.float16))
+    ws.quantize.dequantize(coded).cast("float32").save(tmp_path / "floats")
+    ws.quantize.formats.pack(coded, "gguf", rest="F32", ternary=kind).save(tmp_path / "model.gguf")
+    length, found = next_tokens(tmp_path / "model.gguf", TOKENS[0].tolist())
+    expected = logits(tmp_path / "floats")[0, length - 1].log_softmax(-1)
+    plain = dict(enumerate(logits(wide)[0, length - 1].log_softmax(-1).tolist()))
+    # Its inputs of layers are rounded to 8 bits; other codes would be as far away as the whole model is.
+    assert apart(found, expected) < apart(plain, expected) / 8
 
 
 @pytest.mark.parametrize("family", ["Qwen2", "Qwen3", "Mistral"])

@@ -20,7 +20,7 @@ from weightsmith.quantize.grids import GRIDS, Integer, Levels
 from weightsmith.solve import steadied
 
 PLAIN = sorted(set(GRIDS) - {"billm", "two_four"})  # these two are fitted to inputs, by roundings of their own
-PAPER: dict[str, Any] = {"damp": 0.01, "clip": 0}
+PAPER: dict[str, Any] = {"damp": 0.01, "clip": 0, "order": "given"}
 
 
 def problem(rows: int = 5, inputs: int = 16, seed: int = 0, **given: Any) -> tuple[Tensor, Tensor]:
@@ -70,7 +70,8 @@ def by_hand(
 @pytest.mark.parametrize("block", [128, 8, 1])
 def test_the_formula(bits: int, inputs: int, group: int, block: int):
     weight, gram = problem(inputs=inputs, seed=bits)
-    found = gptq(weight, gram, grid=Integer(bits=bits, group=group, symmetric=False), damp=0.02, clip=0, block=block)
+    grid = Integer(bits=bits, group=group, symmetric=False)
+    found = gptq(weight, gram, grid=grid, damp=0.02, clip=0, block=block, order="given")
     codes, values = by_hand(weight, gram, bits, group, 0.02, list(range(inputs)))
     assert found.codes.dtype == torch.uint8
     # A value in the middle of two codes may fall to either side; the rest of its row then differs too.
@@ -83,7 +84,7 @@ def test_the_formula_in_the_order_of_activations():
     weight, gram = problem(inputs=12, dtype=torch.float64)
     order = gram.diagonal().argsort(descending=True, stable=True).tolist()
     grid = Integer(bits=3, group=4, symmetric=False, scale_dtype=torch.float64)
-    found = gptq(weight, gram, grid=grid, order="activation", damp=0.05, clip=0)
+    found = gptq(weight, gram, grid=grid, damp=0.05, clip=0)
     codes, values = by_hand(weight, gram, 3, 4, 0.05, order, static=True)
     assert (found.codes.numpy() == codes).all()  # groups are runs of neighbours, and columns are where they were
     np.testing.assert_allclose(found.values().numpy(), values, rtol=1e-6)
@@ -163,7 +164,8 @@ def test_inputs_that_were_always_zero_reach_no_other():
     grid = Integer(bits=3)
     found = gptq(weight, gram, grid=grid, clip=0)
     keep = [0, 1, 3, 4, 5, 6, 7]
-    alone = column_by_column(weight[:, keep], gram[keep][:, keep], grid, found.params, shared={}, damp=0.1)
+    own = {"shared": {}, "damp": 0.1, "order": "activation"}
+    alone = column_by_column(weight[:, keep], gram[keep][:, keep], grid, found.params, **own)
     assert torch.equal(found.codes[:, keep], alone.codes)
     assert torch.equal(found.codes[:, 2], _rtn.rtn(weight, grid=grid).codes[:, 2])
     assert torch.equal(gptq(weight, torch.zeros(8, 8), grid=grid, clip=0).codes, _rtn.rtn(weight, grid=grid).codes)
@@ -235,7 +237,7 @@ def test_ranges_are_judged_by_the_diagonal_group_after_group(group: int | None, 
     given = {"full": gram, "blocks": blocks, "diagonal": gram.diagonal()}[form]
     matrix = {"full": gram, "blocks": torch.block_diag(*blocks), "diagonal": gram.diagonal().diag()}[form]
     grid = Integer(bits=3, group=group, symmetric=False)
-    found = gptq(weight, given, grid=grid, damp=0.1, clip=5)
+    found = gptq(weight, given, grid=grid, damp=0.1, clip=5, order="given")
     factor = factored(matrix, damp=0.1, shrink=0.0)[0]
     size, present, errors = group or 12, weight.clone(), torch.zeros_like(weight)
     narrower = 0

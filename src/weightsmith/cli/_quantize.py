@@ -37,7 +37,8 @@ OURS = ("codes", "values")
 
 FORMATS = (
     *OURS, "compressed-tensors", "pack-quantized", "int-quantized", "float-quantized", "naive-quantized",
-    "nvfp4-pack-quantized", "mxfp4-pack-quantized", "gptq", "gptq_v2", "awq", "bitsandbytes", "gguf",
+    "nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp6-pack-quantized", "mxfp8-quantized",
+    "gptq", "gptq_v2", "awq", "bitsandbytes", "gguf",
 )  # fmt: skip
 """What is written: our own codes, the values that they stand for, or what another program reads: those of
 `weightsmith.quantize.formats`, which help must not import."""

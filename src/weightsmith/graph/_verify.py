@@ -50,10 +50,10 @@ def verify(
     >>> from weightsmith.graph import declare
     >>> module = nn.Sequential(nn.Linear(2, 5), nn.ReLU(), nn.Linear(5, 5))
     >>> right = declare(module, {"0.*": "> a, 2"} | {"0.weight": "> a, 2", "0.bias": "> a", "2.weight": "5, < a"})
-    >>> verify(module, right, torch.ones(1, 2))
+    >>> verify(module, right, torch.randn(64, 2))
     []
     >>> wrong = declare(module, {"0.weight": "> a, 2", "0.bias": "> a"})
-    >>> verify(module, wrong, torch.ones(1, 2))
+    >>> verify(module, wrong, torch.randn(64, 2))
     ['a']
     """
     generator = torch.Generator().manual_seed(seed)

@@ -36,9 +36,9 @@ class Recipe(NamedTuple):
 
 RECIPES: dict[str, Recipe] = {
     "nearest": Recipe("rtn", None, {"clip": 8}),
-    "gptq": Recipe("gptq", None, {"order": "activation"}),
+    "gptq": Recipe("gptq"),
     "awq, nearest": Recipe("rtn", "awq", {"clip": 8}),
-    "awq, gptq": Recipe("gptq", "awq", {"order": "activation"}),
+    "awq, gptq": Recipe("gptq", "awq"),
 }
 """What `auto` tries, by name."""
 

@@ -50,9 +50,9 @@ STEP = 32
     needs=("stats.gram",),
     unit="tensor",
     claim="the outputs of a layer change less than with rounding to nearest on the same grid",
-    departs="more damping (0.1 instead of 0.01), and ranges are narrowed where that leaves less error: with 3 bits a "
-    "language model is far better off its calibration text; inputs that were always zero keep their weights' nearest "
-    "codes instead of zero",
+    departs="columns come by the size of their inputs, with more damping (0.1 instead of 0.01), and ranges are "
+    "narrowed where that leaves less error: with 3 bits a language model is far better for each of the three; inputs "
+    "that were always zero keep their weights' nearest codes instead of zero",
 )
 def gptq(
     weight: Tensor,
@@ -61,7 +61,7 @@ def gptq(
     grid: Grid = Integer(),  # noqa: B008
     damp: float = 0.1,
     shrink: float = 0.0,
-    order: Order = "given",
+    order: Order = "activation",
     static: bool = False,
     clip: int = 8,
     block: int = BLOCK,
@@ -78,8 +78,8 @@ def gptq(
         grid: the points.
         damp: what is added to the diagonal of the Gram matrix, as a share of its mean; 0.01 in the paper.
         shrink: how far the Gram matrix is drawn to its diagonal, from 0 to 1.
-        order: of the columns: as they are given, or those first whose inputs are largest (``"activation"``). Groups
-            stay runs of neighbours.
+        order: of the columns: those first whose inputs are largest (``"activation"``), or as they are ``"given"``, as
+            in the paper. Groups stay runs of neighbours.
         static: parameters of groups are those of the weights before any has moved; always so with
             ``order="activation"``.
         clip: how many narrower ranges are tried for each group, by its errors weighted with the diagonal of the Gram

@@ -124,6 +124,29 @@ def test_four_bit_floats(tmp_path: Path):
         torch.testing.assert_close(unpack(tmp_path / str(group))[UP].float(), expected, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("element", ["e2m3", "e4m3"])
+def test_six_and_eight_bit_floats_with_shared_powers(element: str, tmp_path: Path):
+    large = Weights.of({UP: weights()[UP] * 2.0 ** torch.arange(-12, 12).unsqueeze(1)})
+    coded = ws.quantize.rtn(large, grid=Microscaling(element), pattern=[UP])
+    pack(coded).save(tmp_path / "out")
+    made, expected = ws.open(tmp_path / "out"), ws.quantize.dequantize(coded)[UP]
+    scale = (2.0 ** (made[f"{UP}_scale"].float() - 127)).repeat_interleave(32, 1)
+    assert made.spec(f"{UP}_scale").dtype == torch.uint8
+    if element == "e4m3":
+        found = made[UP].float()
+    else:
+        small = [m / 8 for m in range(8)] + [(1 + m / 8) * 2**e for e in range(3) for m in range(8)]
+        rows = [int.from_bytes(bytes(row), "little") for row in made[f"{UP}_packed"].tolist()]
+        codes = [[row >> 6 * i & 63 for i in range(64)] for row in rows]
+        found = torch.tensor([[(-1 if code & 32 else 1) * small[code & 31] for code in row] for row in codes])
+    torch.testing.assert_close(found * scale, expected, rtol=0, atol=0)
+    assert torch.equal(unpack(tmp_path / "out")[UP].float(), expected)
+    scheme = words(made)["config_groups"]["group_0"]["weights"]
+    assert (scheme["num_bits"], scheme["group_size"], scheme["scale_dtype"]) == (
+        6 if element == "e2m3" else 8, 32, "torch.uint8"
+    )  # fmt: skip
+
+
 def test_several_grids_in_one_model(tmp_path: Path):
     grids: Any = {"*up*": Integer(4, group=16, symmetric=False), "*": Float("e4m3")}
     coded = ws.quantize.rtn(weights(), grid=grids, pattern=[UP, DOWN])
@@ -252,7 +275,7 @@ def test_a_group_named_by_a_module_is_not_one_of_a_kind():
 def test_small_floats_whose_groups_do_not_fill_their_rows(grid: Any, groups: int):
     made = pack(ws.quantize.rtn(weights(), grid=grid, pattern=[UP]))
     cut = {f"{UP}_packed": made[f"{UP}_packed"][:, :20], f"{UP}_scale": made[f"{UP}_scale"][:, :groups]}
-    with pytest.raises(FormatError, match="rows of 40 codes"):
+    with pytest.raises(FormatError, match="rows of 20 bytes, which groups of"):
         unpack(Weights.of({**dict(made), **cut}).with_files(made.files))
 
 

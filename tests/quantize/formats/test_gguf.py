@@ -54,6 +54,7 @@ GRIDS: dict[str, Any] = {
     "Q5_1": Integer(5, group=64, symmetric=False, zero="float", **HALF),
     "Q8_0": Integer(8, group=32, span="narrow", **HALF),
     "TQ2_0": Ternary(group=256, **HALF),
+    "TQ1_0": Ternary(group=512, **HALF),
     "MXFP4": Microscaling("e2m1"),
 }
 
@@ -68,7 +69,7 @@ def test_blocks_are_what_gguf_unpacks_to_the_values_of_the_codes(kind: str):
     grid = GRIDS[kind]
     found = coded(weight, grid)
     layout = layout_of(weight, grid)
-    assert kind_for(layout) == kind
+    assert kind_for(layout, ternary="TQ1_0" if kind == "TQ1_0" else "TQ2_0") == kind
     made = blocks(found.codes, found.params, layout, kind)
     assert made.shape == (5, 512 // KINDS[kind][1] * KINDS[kind][2])
     back = gguf.quants.dequantize(made.numpy(), gguf.GGMLQuantizationType[kind])

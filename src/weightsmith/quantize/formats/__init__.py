@@ -28,12 +28,13 @@ def pack(weights: Any, format: str = "compressed-tensors", **options: Any) -> We
 
     Args:
         weights: codes, as the methods of `weightsmith.quantize` make them, or a folder of them.
-        format: one of `FORMATS`: ``"compressed-tensors"`` (vLLM, transformers; integers of 2 to 8 bits, e4m3, MXFP4,
-            NVFP4; several grids in one model), or one of its own by name; ``"gptq"``, ``"gptq_v2"`` and ``"awq"``
-            (vLLM, SGLang, GPTQModel), with scales in float16; ``"bitsandbytes"`` (transformers; nf4); ``"gguf"``
-            (llama.cpp), a whole model in one file, also of weights that are not coded.
+        format: one of `FORMATS`: ``"compressed-tensors"`` (vLLM, transformers; integers of 2 to 8 bits, e4m3, MXFP8,
+            MXFP6 of e2m3, MXFP4, NVFP4; several grids in one model), or one of its own by name; ``"gptq"``,
+            ``"gptq_v2"`` and ``"awq"`` (vLLM, SGLang, GPTQModel), with scales in float16; ``"bitsandbytes"``
+            (transformers; nf4); ``"gguf"`` (llama.cpp), a whole model in one file, also of weights that are not coded.
         options: of GGUF: ``rest`` (``"F16"``), how matrices that are not coded are packed; ``requantize`` (None), how
-            those are whose codes it cannot hold; ``keys``, which overrule its header's; ``tokenizer`` (True).
+            those are whose codes it cannot hold; ``ternary`` (``"TQ2_0"``, or ``"TQ1_0"``, which is smaller); ``keys``,
+            which overrule its header's; ``tokenizer`` (True).
 
     Returns:
         Weights whose `save` writes the folder. ``int-quantized`` and ``float-quantized`` stand for activations that are

@@ -47,10 +47,12 @@ from weightsmith.weights import Held, Inputs, Lazy, Output, Spec, Weights, Work
 
 INT, FLOAT, NAIVE = "int-quantized", "float-quantized", "naive-quantized"
 NVFP4, MXFP4 = "nvfp4-pack-quantized", "mxfp4-pack-quantized"
+MXFP6, MXFP8 = "mxfp6-pack-quantized", "mxfp8-quantized"
 ALL = "compressed-tensors"
-FORMATS = (ALL, PACKED, INT, FLOAT, NAIVE, NVFP4, MXFP4)
+FORMATS = (ALL, PACKED, INT, FLOAT, NAIVE, NVFP4, MXFP4, MXFP6, MXFP8)
 
-_E2M1, _E4M3 = element_of("e2m1"), element_of("e4m3")
+_E2M1, _E2M3 = element_of("e2m1"), element_of("e2m3")
+_SHARED = {"e2m1": MXFP4, "e2m3": MXFP6, "e4m3": MXFP8}
 _SQUARE = 128  # rows and inputs of a block of 8-bit floats
 _DYNAMIC = {"num_bits": 8, "symmetric": True, "strategy": "token", "dynamic": True}
 
@@ -62,8 +64,8 @@ def usual(layout: Layout) -> str:
         return PACKED
     if isinstance(grid, Float) and grid.element == "e4m3":
         return NAIVE
-    if isinstance(grid, Microscaling) and grid.element == "e2m1":
-        return MXFP4
+    if isinstance(grid, Microscaling):
+        return _SHARED.get(grid.element, "")
     return NVFP4 if isinstance(grid, NvFloat4) else ""
 
 
@@ -71,7 +73,7 @@ def reason(layout: Layout, format: str) -> str:
     """Why a format cannot hold a tensor; empty if it can."""
     grid, own = layout.grid, usual(layout)
     if not own:
-        return f"the grid {type(grid).__name__} is none of its own (integers, e4m3, MX e2m1, NVFP4)"
+        return f"the grid {type(grid).__name__} is none of its own (integers, e4m3, MX of e2m1, e2m3 or e4m3, NVFP4)"
     holds = {PACKED: (PACKED, INT, NAIVE), NAIVE: (FLOAT, NAIVE)}.get(own, (own,))
     if format not in (ALL, *holds):
         return f"the grid {type(grid).__name__} goes into {' or '.join(holds)}"
@@ -81,7 +83,7 @@ def reason(layout: Layout, format: str) -> str:
         return "codes of 1 bit are not loaded"
     if isinstance(grid, Float) and grid.group:
         return f"8-bit floats have a scale a row or a tensor, not groups of {grid.group}"
-    fixed = {MXFP4: 32, NVFP4: 16}.get(own)
+    fixed = 16 if own == NVFP4 else 32 if own in _SHARED.values() else None
     return f"groups are of {fixed} inputs, not {grid.group}" if fixed and grid.group != fixed else ""
 
 
@@ -132,12 +134,15 @@ def _nodes(weights: Weights, name: str, layout: Layout, format: str) -> dict[str
         if not floats and not grid.symmetric:
             outputs[f"{name}_zero_point"] = Spec(outputs[f"{name}_scale"].shape, torch.int8)
         return work_of(weights, name, layout, partial(_bytes, name=name, layout=layout), outputs, _unit(layout))
-    outputs[f"{name}_packed"] = Spec((rows, inputs // 2), torch.uint8)
+    if format == MXFP8:
+        outputs[name] = Spec((rows, inputs), torch.float8_e4m3fn)
+    else:
+        outputs[f"{name}_packed"] = Spec((rows, inputs * grid.bits // 8), torch.uint8)
     if format == NVFP4:
         outputs[f"{name}_global_scale"] = Spec((1,), torch.float32)
     else:
         outputs[f"{name}_scale"] = Spec(scale.shape, torch.uint8)
-    return work_of(weights, name, layout, partial(_nibbles, name=name), outputs, _unit(layout))
+    return work_of(weights, name, layout, partial(_small, name=name, bits=grid.bits), outputs, _unit(layout))
 
 
 def _unit(layout: Layout) -> str:
@@ -172,9 +177,12 @@ def _bytes(codes: Tensor, params: Mapping[str, Tensor], name: str, layout: Layou
     return found | {name: _signed(codes, grid.bits)}
 
 
-def _nibbles(codes: Tensor, params: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
-    """Two 4-bit floats a byte, the first one low; scales as exponents, or under the inverse of the tensor's own."""
-    found = {f"{name}_packed": codes[:, ::2] | codes[:, 1::2] << 4}
+def _small(codes: Tensor, params: Mapping[str, Tensor], name: str, bits: int) -> dict[str, Tensor]:
+    """Floats of a few bits without gaps, the first one low; scales as exponents, or under the inverse of one more."""
+    if bits == 8:
+        found = {name: codes.view(torch.float8_e4m3fn)}
+    else:
+        found = {f"{name}_packed": pack_codes(codes, bits).view(torch.uint8)[:, : codes.shape[1] * bits // 8]}
     if "tensor_scale" in params:
         return found | {f"{name}_scale": params["scale"], f"{name}_global_scale": 1 / params["tensor_scale"]}
     return found | {f"{name}_scale": exponents(params["scale"])}
@@ -232,8 +240,8 @@ def _node(weights: Weights, name: str, first: str, scheme: Mapping[str, Any], dt
         raise FormatError(f"{name} is quantized, but {name}_scale is missing or its codes are not a matrix")
     scale = weights.node(f"{name}_scale")
     chosen = dtype_of(weights, dtype, scale.spec)
-    if spec.dtype == torch.uint8 and first != name:
-        return _small_floats(weights, name, first, chosen)
+    if scale.spec.dtype == torch.uint8 or (spec.dtype == torch.uint8 and first != name):
+        return _small_floats(weights, name, first, chosen, bits or 8)
     shape = spec.shape
     if first != name:
         if spec.dtype != torch.int32 or scheme.get("type", "int") != "int":
@@ -295,26 +303,42 @@ def _floats(
     return by_group(codes, scale, middle if zero is None else zero, scale.shape[1])
 
 
-def _small_floats(weights: Weights, name: str, first: str, dtype: torch.dtype) -> Lazy:
+def _small_floats(weights: Weights, name: str, first: str, dtype: torch.dtype, bits: int) -> Lazy:
+    """Values whose scale is an exponent, or lies under one of the tensor."""
     spec = weights.spec(first)
-    rows, inputs = spec.shape[0], spec.shape[1] * 2
     nv = f"{name}_global_scale" in weights
     size, kind = (16, torch.float8_e4m3fn) if nv else (32, torch.uint8)
-    if not inputs or inputs % size:
-        raise FormatError(f"{first} has rows of {inputs} codes, which groups of {size} do not fill")
+    whole = first == name
+    if whole != (bits == 8) or bits not in ((4,) if nv else (4, 6, 8)):
+        raise FormatError(
+            f"{first} is {spec} with scales of {weights.spec(f'{name}_scale')}, and not codes of {bits} bits"
+        )
+    if whole and spec.dtype != torch.float8_e4m3fn:
+        raise FormatError(f"{name} is {spec}, where float8_e4m3fn is expected")
+    rows, inputs = spec.shape[0], spec.shape[1] * 8 // bits
+    if not inputs or inputs % size or inputs * bits != spec.shape[1] * 8:
+        raise FormatError(f"{first} has rows of {spec.shape[1]} bytes, which groups of {size} codes do not fill")
     arguments = [weights.node(first), expect(weights, f"{name}_scale", kind, rows, inputs // size)]
     if nv:
         over = weights.spec(f"{name}_global_scale").shape
         if over not in ((), (1,)):
             raise FormatError(f"{name}_global_scale is not one number")
         arguments.append(expect(weights, f"{name}_global_scale", torch.float32, *over))
-    return Output(Work(_of_nibbles, Inputs(arguments, "tensor"), {"": Spec((rows, inputs), dtype)}))
+    function = partial(_of_small, bits=bits)
+    return Output(Work(function, Inputs(arguments, "tensor"), {"": Spec((rows, inputs), dtype)}))
 
 
-def _of_nibbles(packed: Tensor, scale: Tensor, over: Tensor | None = None) -> Tensor:
-    codes = torch.stack((packed & 15, packed >> 4), -1).flatten(1)
+def _of_small(packed: Tensor, scale: Tensor, over: Tensor | None = None, *, bits: int) -> Tensor:
     if over is None:
         scale = torch.ldexp(torch.ones_like(scale, dtype=torch.float32), scale.int() - 127)
     else:
         scale = scale.float() / over
-    return of_element(codes, _E2M1, scale.dtype).unflatten(1, (scale.shape[1], -1)).mul_(scale.unsqueeze(-1)).flatten(1)
+    if bits == 8:
+        values = packed.to(scale.dtype)
+    elif bits == 6:
+        first, second, third = packed.unflatten(1, (-1, 3)).unbind(-1)
+        four = (first & 63, first >> 6 | (second & 15) << 2, second >> 4 | (third & 3) << 4, third >> 2)
+        values = of_element(torch.stack(four, -1).flatten(1), _E2M3, scale.dtype)
+    else:
+        values = of_element(torch.stack((packed & 15, packed >> 4), -1).flatten(1), _E2M1, scale.dtype)
+    return values.unflatten(1, (scale.shape[1], -1)).mul_(scale.unsqueeze(-1)).flatten(1)

@@ -1,7 +1,7 @@
 """GGUF files that llama.cpp runs: the tensors, their names, their order of rows, and the keys of the header.
 
 Codes are kept where a packing of GGUF has the same grid: symmetric integers of blocks of 32 (Q4_0, Q5_0, Q8_0), affine
-ones (Q4_1, Q5_1), ternary (TQ2_0) and MXFP4, with float16 for scales.
+ones (Q4_1, Q5_1), ternary (TQ2_0, TQ1_0) and MXFP4, with float16 for scales.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 from weightsmith.errors import Error, did_you_mean, listed, missing
 from weightsmith.quantize._layout import METADATA, Layout, config_of, decoded, endings_of, layouts_of, plain_files
 from weightsmith.quantize._parts import unpack as unpack_codes
-from weightsmith.quantize.formats._gguf_blocks import blocks, kind_for, quantized
+from weightsmith.quantize.formats._gguf_blocks import TERNARY, blocks, kind_for, quantized
 from weightsmith.quantize.formats._gguf_words import FILE_TYPES, MODELS, model_keys, tokenizer_keys
 from weightsmith.quantize.formats._parts import weights_before
 from weightsmith.weights import Inputs, Lazy, Output, Spec, Step, Weights, Work, apply
@@ -39,6 +39,7 @@ def pack(
     weights: Weights,
     rest: str = "F16",
     requantize: str | None = None,
+    ternary: str = "TQ2_0",
     keys: Mapping[str, Any] | None = None,
     tokenizer: bool = True,
 ) -> Weights:
@@ -47,12 +48,15 @@ def pack(
     Args:
         rest: how matrices that are not coded are packed: ``"F32"``, ``"F16"``, ``"BF16"``, ``"Q8_0"`` ...
         requantize: how tensors are packed whose codes GGUF cannot hold, by gguf's own rule; None for an error.
+        ternary: how ternary codes are packed: ``"TQ2_0"`` (two bits each) or ``"TQ1_0"`` (five in a byte).
         keys: strings, numbers or truth values that overrule or add to the header's.
         tokenizer: whether the vocabulary is written.
     """
     for option, kind in (("rest", rest), ("requantize", requantize)):
         if kind is not None and kind not in FILE_TYPES:
             raise Error(f"{option} is one of {', '.join(FILE_TYPES)}, got {kind!r}")
+    if ternary not in TERNARY:
+        raise Error(f"ternary is {' or '.join(map(repr, TERNARY))}, got {ternary!r}")
     plain = Weights({name: weights.node(name) for name in weights}, weights.lineage, plain_files(weights))
     config = config_of(plain)
     if config is None:
@@ -64,7 +68,7 @@ def pack(
             f"known: {', '.join(MODELS)}"
         )
     layouts = layouts_of(weights) if METADATA in weights.metadata else {}
-    held = {name: kind_for(layout) for name, layout in layouts.items()}
+    held = {name: kind_for(layout, ternary) for name, layout in layouts.items()}
     if wrong := [name for name, found in held.items() if not found]:
         if requantize is None:
             raise Error(

@@ -13,8 +13,11 @@ from weightsmith.quantize.grids import Integer, Microscaling, Ternary
 
 BLOCK, LONG = 32, 256
 
+TERNARY = ("TQ2_0", "TQ1_0")
+"""Packings of three values: two bits a code, or five codes a byte."""
 
-def kind_for(layout: Layout) -> str:
+
+def kind_for(layout: Layout, ternary: str = "TQ2_0") -> str:
     """The packing that holds the codes of a tensor as they are, or nothing.
 
     Narrower codes lie in wider ones, and a scale of a wider group stands in each of its blocks.
@@ -25,7 +28,7 @@ def kind_for(layout: Layout) -> str:
     if layout.padding or span % block or layout.inputs % span or layout.experts > 1 or len(layout.shape) != 2:
         return ""
     if isinstance(grid, Ternary):
-        return "TQ2_0"
+        return ternary
     if isinstance(grid, Microscaling):
         return "MXFP4" if grid.element == "e2m1" else ""
     if not isinstance(grid, Integer) or grid.per_tensor:
@@ -37,7 +40,7 @@ def kind_for(layout: Layout) -> str:
 
 def blocks(codes: Tensor, params: Mapping[str, Tensor], layout: Layout, kind: str, name: str = "a tensor") -> Tensor:
     """Bytes ``[out, bytes of a row]`` of codes ``[out, in]``; scales and smallest values become float16."""
-    size = LONG if kind == "TQ2_0" else BLOCK
+    size = LONG if kind in TERNARY else BLOCK
     runs = codes.unflatten(1, (-1, size))
     times = runs.shape[1] // params["scale"].shape[1]
     wide = {name: value.repeat_interleave(times, 1) for name, value in params.items()}
@@ -45,8 +48,8 @@ def blocks(codes: Tensor, params: Mapping[str, Tensor], layout: Layout, kind: st
     if kind == "MXFP4":
         return torch.cat([exponents(wide["scale"]).unsqueeze(-1), _nibbles(runs)], -1).flatten(1)
     scale = _half(wide["scale"], name)
-    if kind == "TQ2_0":
-        return torch.cat([_pairs(runs), scale], -1).flatten(1)
+    if kind in TERNARY:
+        return torch.cat([_pairs(runs) if kind == "TQ2_0" else _trits(runs), scale], -1).flatten(1)
     if kind in ("Q4_1", "Q5_1"):
         low = wide["minimum"] if "minimum" in wide else -wide["scale"] * wide["zero_point"]
         scale = torch.cat([scale, _half(low, name)], -1)
@@ -82,6 +85,15 @@ def _pairs(runs: Tensor) -> Tensor:
     parts = runs.unflatten(-1, (2, 4, 32))
     shift = torch.arange(0, 8, 2, dtype=torch.uint8, device=runs.device).unsqueeze(-1)
     return (parts << shift).sum(-2, dtype=torch.uint8).flatten(-2)
+
+
+def _trits(runs: Tensor) -> Tensor:
+    """Five codes a byte as digits of a fraction of 243 parts, so that each is read by a product: 160, 80 and 16."""
+    digits = torch.tensor([81, 27, 9, 3, 1], dtype=torch.int32, device=runs.device).unsqueeze(-1)
+    parts = (runs[..., :160].unflatten(-1, (5, 32)), runs[..., 160:240].unflatten(-1, (5, 16)),
+             runs[..., 240:].unflatten(-1, (4, 4)))  # fmt: skip
+    whole = torch.cat([(part.to(torch.int32) * digits[: part.shape[-2]]).sum(-2) for part in parts], -1)
+    return ((whole * 256 + 242) // 243).to(torch.uint8)
 
 
 def quantized(rows: Tensor, kind: str) -> Tensor:
