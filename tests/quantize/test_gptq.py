@@ -171,6 +171,42 @@ def test_inputs_that_were_always_zero_reach_no_other():
     assert torch.equal(gptq(weight, torch.zeros(8, 8), grid=grid, clip=0).codes, _rtn.rtn(weight, grid=grid).codes)
 
 
+@pytest.mark.parametrize("order", ["given", "activation"])
+@pytest.mark.parametrize("word", ["int", "nf4", "ternary"])
+def test_zeros_stay_zero_and_are_made_up_for(word: str, order: Any):
+    weight, gram = problem(rows=64, inputs=64)
+    grid = GRIDS[word]()
+    pruned = weight.masked_fill(torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)) < 0.5, 0)
+    found = gptq(pruned, gram, grid=grid, order=order, zeros=True)
+    free = gptq(pruned, gram, grid=grid, order=order)
+    assert not found.values()[pruned == 0].any()
+    assert free.values()[pruned == 0].any()
+    cut = free.values().masked_fill(pruned == 0, 0)
+    assert output_error(pruned, found.values(), gram).sum() < output_error(pruned, cut, gram).sum()
+    same = gptq(weight, gram, grid=grid, order=order, zeros=True)
+    torch.testing.assert_close(same.values(), gptq(weight, gram, grid=grid, order=order).values())
+
+
+def test_zeros_column_by_column_by_hand():
+    weight, gram = problem(rows=3, inputs=8, dtype=torch.float64)
+    weight[:, ::3] = 0
+    grid = Integer(3, scale_dtype=torch.float64)
+    found = gptq(weight, gram, grid=grid, order="given", clip=0, damp=0.1, zeros=True)
+    factor = factored(gram, damp=0.1, shrink=0.0, dtype=torch.float64)[0]
+    left, step = weight.clone(), found.params["scale"][:, 0]
+    for column in range(8):
+        code = (left[:, column] / step).round().clamp(-4, 3) * (column % 3 > 0)
+        torch.testing.assert_close(found.values()[:, column], code * step)
+        left -= ((left[:, column] - code * step) / factor[column, column])[:, None] * factor[column]
+
+
+def test_a_grid_without_a_zero_cannot_keep_zeros():
+    weight, gram = problem(inputs=8)
+    weight[0, 3] = 0
+    with pytest.raises(Error, match="this grid has no code for zero"):
+        gptq(weight, gram, grid=Integer(2, symmetric=False, zero="float"), zeros=True)
+
+
 @pytest.mark.parametrize("damp", [0.0, 0.01])
 def test_a_singular_gram_matrix(damp: float):
     weight, _ = problem(inputs=24)

@@ -64,6 +64,7 @@ def gptq(
     order: Order = "activation",
     static: bool = False,
     clip: int = 8,
+    zeros: bool = False,
     block: int = BLOCK,
 ) -> Coded:
     r"""Codes for a matrix, column by column, with the columns after each making up for its error.
@@ -84,6 +85,8 @@ def gptq(
             ``order="activation"``.
         clip: how many narrower ranges are tried for each group, by its errors weighted with the diagonal of the Gram
             matrix; 0, as in the paper, for the one that holds all values.
+        zeros: weights that are zero stay zero, as those of a pruned matrix should, and the others make up for it; on
+            grids that have a zero.
         block: columns that are kept up to date one by one.
 
     Returns:
@@ -101,12 +104,18 @@ def gptq(
         raise Error(f"order is 'given' or 'activation', got {order!r}")
     rows = checked_matrix("gptq", weight, gram, runs=True)
     shared = grid.shared(rows)
-    return joined(
-        column_by_column(
-            part, own, grid, shared=shared, damp=damp, shrink=shrink, order=order, static=static, clip=clip, block=block
-        )
-        for part, own in parts_by_gram(rows, gram)
+    options: dict[str, Any] = {
+        "damp": damp, "shrink": shrink, "order": order, "static": static, "clip": clip, "zeros": zeros, "block": block,
+    }  # fmt: skip
+    found = joined(
+        column_by_column(part, own, grid, shared=shared, **options) for part, own in parts_by_gram(rows, gram)
     )
+    if zeros and found.values()[:, : rows.shape[1]][rows == 0].any():
+        raise Error(
+            "zeros=True keeps weights that are zero, and this grid has no code for zero; take a symmetric one, or "
+            'zero="integer"'
+        )
+    return found
 
 
 def column_by_column(
@@ -121,6 +130,7 @@ def column_by_column(
     order: Order = "given",
     static: bool = False,
     clip: int = 0,
+    zeros: bool = False,
     block: int = BLOCK,
 ) -> Coded:
     """What `gptq` does with rows that have one Gram matrix; with ``params``, on a grid that is fitted already."""
@@ -134,11 +144,11 @@ def column_by_column(
     groups = _Groups(rows, grid, energy_of(gram), clip, shared, ahead, dict(params or {}))
     size = groups.size
     width = block if ahead else max(block // size, 1) * size  # so that a group lies in one block
-    if type(grid) is Integer and inputs:
+    if type(grid) is Integer and inputs and not zeros:
         codes = _integers(rows if places is None else rows[:, places], factor, grid, groups, at, width)
     else:
         codes = torch.empty(inputs, len(rows), dtype=torch.uint8, device=rows.device)
-        begin = _settling(codes, grid, groups, at)
+        begin = _settling(codes, grid, groups, at, (rows == 0).t() if zeros else None)
         column_loop(rows if places is None else rows[:, places], factor, begin, block=width)
     if places is not None:
         codes = codes[torch.argsort(places)]
@@ -180,15 +190,16 @@ class _Groups:
         return {**self.shared, **{name: value[:, place // self.size] for name, value in self.params.items()}}
 
 
-def _settling(codes: Tensor, grid: Grid, groups: _Groups, at: list[int]) -> Begin:
-    """How each column becomes codes ``[columns, rows]``, on any grid."""
+def _settling(codes: Tensor, grid: Grid, groups: _Groups, at: list[int], zero: Tensor | None) -> Begin:
+    """How each column becomes codes ``[columns, rows]``, on any grid; ``zero [columns, rows]`` where they are zero."""
 
     def begin(start: int, values: Tensor) -> Settle:
         def settle(column: int) -> Tensor:
             place = at[start + column]
             groups.reached(place, values[column:])
             now = groups.of(place)
-            code = grid.encode(values[column].unsqueeze(-1), now)
+            present = values[column] if zero is None else values[column].masked_fill(zero[place], 0)
+            code = grid.encode(present.unsqueeze(-1), now)
             codes[start + column] = code.squeeze(-1)
             return grid.decode(code, now).squeeze(-1)
 
