@@ -255,3 +255,15 @@ def test_refusals():
         lnq(weight, gram, turns=0.5)  # type: ignore[arg-type]
     with pytest.raises(Error, match="needs a Gram matrix"):
         lnq(weight, torch.eye(3))
+
+
+@pytest.mark.parametrize("seed", [4, 7, 12, 14, 16, 17])
+def test_it_ends_only_where_codes_and_steps_both_stay(seed: int):
+    """Steps that are solved for codes that have not changed are others than before, and new again the next time."""
+    weight, gram = problem(rows=1, inputs=8, seed=seed)
+    found = coordinate_descent(
+        weight, gram, grid=Integer(2, group=4), sweeps=100, refit=True, damp=0, codes_from="nearest"
+    )
+    again = refitted(weight, gram, swept(weight, gram, found))
+    assert torch.equal(again.codes, found.codes)
+    assert torch.equal(again.params["scale"], found.params["scale"])

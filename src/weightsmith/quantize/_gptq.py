@@ -127,7 +127,7 @@ def column_by_column(
     shared: Params,
     damp: float,
     shrink: float = 0.0,
-    order: Order = "given",
+    order: Order = "activation",
     static: bool = False,
     clip: int = 0,
     zeros: bool = False,
