@@ -24,9 +24,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import shutil
 import statistics
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -248,27 +248,50 @@ HEAD = (
 )
 
 
+BLOCK = {(4096, 4096): 4, (4096, 11008): 2, (11008, 4096): 1}
+"""Inputs and outputs of the matrices of a block of Llama-7B, and how many there are."""
+
+
 def growth(options: argparse.Namespace) -> None:
-    """Time and memory of one matrix of a block of Llama's shape, by its width."""
-    import torch
-
-    import weightsmith as ws
-
-    torch.set_num_threads(options.threads)
+    """Time and memory of square matrices by their width, and of a block of Llama-7B."""
     print("| inputs x outputs | method | CPU s | peak beyond the inputs, MB |\n|---|---|---|---|")
-    for width in options.widths:
-        generator = torch.Generator().manual_seed(0)
-        weight = torch.randn(width, width, generator=generator) / width**0.5
-        rows = torch.randn(2 * width, width, generator=generator)
-        gram = rows.T @ rows
-        del rows
+    total, most = dict.fromkeys(("rtn", "gptq"), 0.0), dict.fromkeys(("rtn", "gptq"), 0.0)
+    for shape in [*((width, width) for width in options.widths if (width, width) not in BLOCK), *BLOCK]:
+        inputs, outputs = shape
         for method in ("rtn", "gptq"):
-            started = resource.getrusage(resource.RUSAGE_SELF)
-            ws.quantize.METHODS[method](weight, gram, bits=4, group=128)
-            ended = resource.getrusage(resource.RUSAGE_SELF)
-            used = ended.ru_utime + ended.ru_stime - started.ru_utime - started.ru_stime
-            more = (ended.ru_maxrss - started.ru_maxrss) / 1024
-            print(f"| {width} x {width} | {method} | {used:.1f} | {more:.0f} |", flush=True)
+            ended = subprocess.run(
+                [sys.executable, "-c", ONE, method, str(inputs), str(outputs), str(options.threads)],
+                capture_output=True, text=True, check=True,
+            )  # fmt: skip
+            used, more = map(float, ended.stdout.split())
+            print(f"| {inputs} x {outputs} | {method} | {used:.1f} | {more:.0f} |", flush=True)
+            if shape in BLOCK:
+                total[method] += BLOCK[shape] * used
+                most[method] = max(most[method], more)
+    for method, used in total.items():
+        print(f"| a block of Llama-7B | {method} | {used:.1f} | {most[method]:.0f} |", flush=True)
+
+
+ONE = """
+import resource, sys, torch
+import weightsmith as ws
+method, inputs, outputs, threads = sys.argv[1], *map(int, sys.argv[2:])
+torch.set_num_threads(threads)
+generator = torch.Generator().manual_seed(0)
+gram = torch.zeros(inputs, inputs)
+for _ in range(8):
+    rows = torch.randn(inputs // 4, inputs, generator=generator)
+    gram.addmm_(rows.T, rows)
+del rows
+weight = torch.randn(outputs, inputs, generator=generator) / inputs**0.5
+small = torch.eye(8)
+ws.quantize.METHODS[method](small, small, bits=4)  # what is loaded at the first call
+started = resource.getrusage(resource.RUSAGE_SELF)
+ws.quantize.METHODS[method](weight, gram, bits=4, group=128, symmetric=False)
+ended = resource.getrusage(resource.RUSAGE_SELF)
+used = ended.ru_utime + ended.ru_stime - started.ru_utime - started.ru_stime
+print(used, (ended.ru_maxrss - started.ru_maxrss) / 1024)
+"""
 
 
 def main() -> None:
