@@ -248,9 +248,8 @@ def _steps(
         value = groups.shared.get(name, like.new_tensor(usual))
         return value.to(like.dtype).expand(1, like.shape[1]).contiguous()
 
-    lowest = 1 if grid.symmetric and grid.span == "narrow" else 0
     zero = column("zero_point", grid.middle if grid.symmetric else 0).to(like.dtype)
-    return (column("scale", 1.0), zero, column("minimum", 0.0)), (lowest, 2**grid.bits - 1)
+    return (column("scale", 1.0), zero, column("minimum", 0.0)), grid.ends()
 
 
 def rounded_columns(

@@ -15,7 +15,7 @@ from weightsmith.quantize._adaround import STRETCH, WARM, inverse_slid
 from weightsmith.quantize._coded import Coded, coded, fitted
 from weightsmith.quantize._flexround import LEAST, MOST, learns_steps, over_inputs, reached
 from weightsmith.quantize._neighbours import neighbours
-from weightsmith.quantize.grids import Grid
+from weightsmith.quantize.grids import Grid, Integer
 
 Train = Literal["rounding", "low-rank rounding", "signed rounding", "division", "weights and steps"]
 """What learns: sliders between neighbours (AdaRound); sliders that are a product of two thin matrices, and steps
@@ -31,6 +31,11 @@ RATES: dict[str, tuple[float, float]] = {
 }
 """Learning rates of what moves weights (in steps of the grid, or as a share) and of steps and zeros (as a share). Of
 signed rounding both are one over the number of optimizer steps, so that half a step can just be reached."""
+
+
+HALF = 0.5 + 1e-5
+"""In steps: how far from the point that it gets a weight may be that is not cut off. Often the largest of a group lies
+half a step beyond the last point."""
 
 
 class Learner(Protocol):
@@ -169,6 +174,7 @@ class Moved:
 
     def __init__(self, train: Train, rows: Tensor, grid: Grid, params: dict[str, Tensor], shared: Any):
         self.rows, self.grid, self.params, self.shared, self.train = rows, grid, params, shared, train
+        self.even = type(grid) is Integer and learns_steps(grid) and rows.shape[1] % params["scale"].shape[1] == 0
         self.factor: Tensor | None = None
         self.place: Tensor | None = None
         self.ranges: list[Tensor] = []
@@ -178,7 +184,9 @@ class Moved:
             if train != "division" and {"zero_point", "minimum"} & params.keys():
                 self.place = torch.zeros_like(params["scale"]).requires_grad_()
                 self.ranges.append(self.place)
-            self.unit = over_inputs(params["scale"], grid, rows.shape[1])
+            self.unit = (
+                params["scale"].unsqueeze(-1) if self.even else over_inputs(params["scale"], grid, rows.shape[1])
+            )
         else:
             around = neighbours(rows, grid, params, shared)
             self.unit = around.high - around.low
@@ -194,7 +202,10 @@ class Moved:
         """The weights that are rounded."""
         if self.train == "division":
             return self.rows / (self.divisor * self.of_rows)
-        return torch.addcmul(self.rows, self.unit, self.offset)
+        if not self.even:
+            return torch.addcmul(self.rows, self.unit, self.offset)
+        runs = (one.unflatten(1, (self.unit.shape[1], -1)) for one in (self.rows, self.offset))
+        return torch.addcmul(next(runs), self.unit, next(runs)).flatten(1)
 
     def now(self) -> dict[str, Tensor]:
         """The parameters of all groups, rounded as they are stored; gradients pass."""
@@ -214,6 +225,9 @@ class Moved:
 
     def values(self, progress: float) -> Tensor:
         moved, params = self.moved(), self.now()
+        if self.even:
+            made = Evenly.apply(moved, params["scale"], params.get("minimum"), params.get("zero_point"), self.grid)
+            return cast(Tensor, made)
         with torch.no_grad():
             still = {name: value.detach() for name, value in params.items()}
             made = coded(moved.detach(), self.grid, still, self.shared).values().to(moved.dtype)
@@ -285,6 +299,35 @@ class Through(torch.autograd.Function):
             None,
             None,
         )
+
+
+class Evenly(torch.autograd.Function):
+    """Values of evenly spaced points, with the gradients of `Through`, in as few passes as there can be."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, moved: Tensor, scale: Tensor, minimum: Tensor | None, zero: Tensor | None, grid: Integer
+    ) -> Tensor:
+        runs, step = moved.unflatten(1, (scale.shape[1], -1)), scale.unsqueeze(-1)
+        places = runs / step if minimum is None else (runs - minimum.unsqueeze(-1)).div_(step)
+        middle: Any = 0 if minimum is not None else grid.middle if zero is None else zero.unsqueeze(-1)
+        held = places.round().add_(middle).clamp_(*grid.ends()).sub_(middle)
+        values = held * step if minimum is None else (held * step).add_(minimum.unsqueeze(-1))  # as they are decoded
+        apart = torch.sub(held, places, out=places)
+        within = apart.abs() <= HALF
+        ctx.save_for_backward(torch.where(within, apart, held), within, scale)
+        ctx.kinds = minimum is not None, zero is not None
+        return values.flatten(1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        of_step, within, scale = ctx.saved_tensors
+        gradient = gradients[0].unflatten(1, (scale.shape[1], -1))
+        passed = gradient * within
+        of_scale = (gradient * of_step).sum(-1)
+        beyond = (gradient - passed).sum(-1) if any(ctx.kinds) else None  # exactly zero where nothing is cut off
+        low, zero = ctx.kinds
+        return passed.flatten(1), of_scale, beyond if low else None, -beyond * scale if zero else None, None
 
 
 def straight(value: Tensor, rounded: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ blocks by later ones. Where a window holds several blocks, they learn together t
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import os
 import warnings
@@ -89,10 +88,9 @@ def reconstruct(
     error of the window as it begins, which most often is rounded to nearest. One of the batches, at random, makes up a
     step.
 
-    Memory is that of `weightsmith.stats.walk`; the hidden states of all batches, on the CPU, twice more (three times
-    with ``propagate="both"``), and but for ``"changed"`` once for each further block of a window; of a window its
-    weights about eight times, and what a batch leaves behind for its gradients; and the codes made so far (with
-    ``store`` these lie on disk).
+    Memory is that of `weightsmith.stats.walk`; the hidden states of all batches, on the CPU, three times more, and but
+    for ``"changed"`` once for each further block of a window; of a window its weights about eight times, and what a
+    batch leaves behind for its gradients; and the codes made so far (with ``store`` these lie on disk).
 
     Args:
         weights: what to quantize, with a ``config.json`` of transformers beside them, or a module, which is left as
@@ -151,7 +149,7 @@ def reconstruct(
     stats.walk(
         opened, batches, work.visit, model=module, blocks=blocks, propagate="dense", dtype=dtype, device=device,
         forward=forward, store=store, resume=resume, settings={**said, "targets": list(plans), "action": action},
-        keep=False, empty=True,
+        keep=False, empty=True, compute=settings.compute,
     )  # fmt: skip
     made = work.nodes()
     if not made:
@@ -261,6 +259,8 @@ class _Visitor:
         self.members: list[_Member] = []
         self.batches: list[Any] = []
         self.changed: list[Tensor] = []
+        self.ahead: list[Tensor] | None = None
+        """What the only block of a window gives with the codes that it has learned, where that is known already."""
         self.made: dict[str, dict[str, Tensor]] = {}
 
     def visit(self, block: stats.Block) -> None:
@@ -310,9 +310,12 @@ class _Visitor:
                 made[full] = {"": hard[inner].to("cpu", member.block.weights.spec(full).dtype)}
             else:
                 made[full] = {key: value.cpu() for key, value in parts_of(one.coded(), self.plans[full].layout).items()}
-        with torch.no_grad():
-            for number, given in enumerate(self.changed):
-                self.changed[number] = member.run(self.batches[number], given, hard).cpu()
+        if self.ahead is not None:
+            self.changed, self.ahead = self.ahead, None
+        else:
+            with torch.no_grad():
+                for number, given in enumerate(self.changed):
+                    self.changed[number] = member.run(self.batches[number], given, hard).cpu()
         self.keep(member.block.index, made)
 
     def keep(self, index: int, made: dict[str, dict[str, Tensor]]) -> None:
@@ -376,12 +379,16 @@ class _Visitor:
                     return  # none of these layers has a say in what comes out
                 step(torch.autograd.grad(loss, leaves, allow_unused=True), 1 - at)
                 advance(1)
-        after = self.errors(pairs)
+        alone = len(self.members) == 1 and settings.propagate == "changed"
+        given: list[Tensor] | None = [] if alone else None
+        after = self.errors(pairs, given)
         total = [sum(float(one) * by for one, by in zip(each, scale, strict=True)) for each in (usual, after)]
-        if not total[1] < total[0]:
-            with torch.no_grad():
-                for leaf, value in zip(leaves, begun, strict=True):
-                    leaf.copy_(value)
+        if total[1] < total[0]:
+            self.ahead = given
+            return
+        with torch.no_grad():
+            for leaf, value in zip(leaves, begun, strict=True):
+                leaf.copy_(value)
 
     def pairs(self, block: stats.Block) -> list[tuple[Any, Tensor, Tensor]]:
         """Batch, hidden state before the window, and what should come out of it."""
@@ -399,11 +406,8 @@ class _Visitor:
 
     def through(self, batch: Any, hidden: Tensor, values: Sequence[Mapping[str, Tensor]]) -> Tensor:
         """The hidden state after the window."""
-        width = self.settings.compute
-        place = hidden.device.type
-        with contextlib.nullcontext() if width is None else torch.autocast(place, width):
-            for member, own in zip(self.members, values, strict=True):
-                hidden = member.run(batch, hidden, own)
+        for member, own in zip(self.members, values, strict=True):
+            hidden = member.run(batch, hidden, own)
         return hidden
 
     def loss(self, pair: Any, values: Sequence[Mapping[str, Tensor]], scale: Sequence[float]) -> Tensor:
@@ -411,9 +415,12 @@ class _Visitor:
         return sum((one * by for one, by in zip(apart[1:], scale[1:], strict=True)), apart[0] * scale[0])
 
     def apart(self, pair: Any, values: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
-        """The mean squared error of a batch, and the divergence if it counts."""
         batch, hidden, target = pair
-        found = self.through(batch, hidden, values).float()
+        return self.judged(batch, self.through(batch, hidden, values), target)
+
+    def judged(self, batch: Any, found: Tensor, target: Tensor) -> list[Tensor]:
+        """The mean squared error of a batch, and the divergence if it counts."""
+        found = found.float()
         mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
         counts = None
         if mask is not None and mask.numel() * found.shape[-1] == found.numel():
@@ -430,10 +437,15 @@ class _Visitor:
         return losses
 
     @torch.no_grad()
-    def errors(self, pairs: Sequence[Any]) -> list[Tensor]:
-        """Means over all batches, with codes as they stand."""
+    def errors(self, pairs: Sequence[Any], given: list[Tensor] | None = None) -> list[Tensor]:
+        """Means over all batches, with codes as they stand; what comes out is put into ``given``."""
         hard = [member.hard() for member in self.members]
-        every = [torch.stack(self.apart(pair, hard)) for pair in pairs]
+        every = []
+        for batch, hidden, target in pairs:
+            found = self.through(batch, hidden, hard)
+            every.append(torch.stack(self.judged(batch, found, target)))
+            if given is not None:
+                given.append(found.cpu())
         return list(torch.stack(every).mean(0))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Literal, get_args
 
@@ -114,6 +115,7 @@ def walk(
     settings: Mapping[str, Any] | None = None,
     keep: bool = True,
     empty: bool = False,
+    compute: torch.dtype | str | None = None,
 ) -> Weights:
     """Visit the blocks of a model in their order, each with its inputs, and change them on the way.
 
@@ -148,6 +150,7 @@ def walk(
         settings: what else ``visit`` depends on, in plain values; with other ones a store is not continued.
         keep: False where new tensors are only what later blocks are to see, and a visitor keeps what it made by itself:
             they are neither held nor stored, and the result is the given weights.
+        compute: ``"bfloat16"`` for products in half the width (autocast), with weights and hidden states as they are.
         empty: True where blocks without tensors (an activation between two layers) are to be visited too.
 
     Returns:
@@ -178,7 +181,8 @@ def walk(
     asked = _asked(module, names, filler, statistics or {})
     if store is not None:
         batches = list(batches)
-    walker = _Walker(filler, names, asked, visit, propagate, forward or default_forward, keep, empty)
+    products = None if compute is None else as_dtype(compute)
+    walker = _Walker(filler, names, asked, visit, propagate, forward or default_forward, keep, empty, products)
     mark = {} if store is None else _mark(walker, batches, statistics or {}, settings)
     run = None if store is None else Run(store, mark, resume)
     with restored(module):
@@ -200,6 +204,13 @@ class _Walker:
     ask: Forward
     keep: bool = True
     empty: bool = False
+    compute: torch.dtype | None = None
+
+    def products(self) -> Any:
+        """What the model is run in."""
+        if self.compute is None:
+            return nullcontext()
+        return torch.autocast(self.filler.device.type, self.compute)
 
     def go(self, batches: Iterable[Batch], run: Run | None) -> dict[str, Any]:
         """Every new tensor, as nodes."""
@@ -238,7 +249,8 @@ class _Walker:
         ):
             for batch in batches:
                 there = on_device(batch, self.filler.device)
-                first, found = recorder.record(there, everything)
+                with self.products():
+                    first, found = recorder.record(there, everything)
                 hidden.append(first)
                 calls.append(found)
                 mask = there.get("attention_mask") if isinstance(there, Mapping) else None
@@ -261,7 +273,8 @@ class _Walker:
 
             def forward(called: Any, batch: Batch) -> Tensor:
                 args, kwargs = given.called(batch)
-                return first_of(called(*args, **kwargs), name)
+                with self.products():
+                    return first_of(called(*args, **kwargs), name)
 
             own = self.filler.names(path)
             following: Any = None
@@ -398,6 +411,7 @@ def _mark(
         "statistics": {name: [one.kind, _told(one)] for name, one in statistics.items()},
         "propagate": walker.propagate,
         "dtype": str(filler.dtype),
+        "compute": str(walker.compute),
         "settings": _told(dict(settings or {})),
     }
 

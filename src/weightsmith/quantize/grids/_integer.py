@@ -83,6 +83,10 @@ class Integer:
         """The code of zero on a symmetric grid."""
         return 2 ** (self.bits - 1)
 
+    def ends(self) -> tuple[int, int]:
+        """The lowest and the highest code."""
+        return int(self.symmetric and self.span == "narrow"), 2**self.bits - 1
+
     def stored(self) -> dict[str, Stored]:
         """What is written beside the codes."""
         step = {"scale": Stored((), self.scale_dtype, shared=self.per_tensor)}
@@ -142,8 +146,7 @@ class Integer:
         else:
             zero = params["zero_point"].unsqueeze(-1) if "zero_point" in params else self.middle
             codes = (values / scale).round_().add_(zero)
-        lowest = 1 if self.symmetric and self.span == "narrow" else 0
-        return codes.clamp_(lowest, 2**self.bits - 1).to(torch.uint8)
+        return codes.clamp_(*self.ends()).to(torch.uint8)
 
     def decode(self, codes: Tensor, params: Params) -> Tensor:
         """Values of codes, in the dtype of the scales."""
