@@ -50,7 +50,7 @@ def test_tables_are_weighted_k_means_and_codes_are_those_of_gptq_on_them():
     grid = Levels(bits=2)
     heed = importance(gram, 2.0, damp=0.1, shrink=0.0, dtype=torch.float32)
     params = {"levels": grid.fit(weight[:, None], importance=heed)["levels"]}
-    expected = column_by_column(weight, gram, grid, params, shared={}, damp=0.1, order="given")
+    expected = column_by_column(weight, gram, grid, params, shared={}, damp=0.1)
     found = leanquant(weight, gram, grid=grid)
     assert torch.equal(found.params["levels"], params["levels"])
     assert torch.equal(found.codes, expected.codes)
@@ -85,7 +85,7 @@ def test_without_power_and_steps_it_is_gptq_on_the_plain_grid():
     weight, gram = problem()
     for grid in (Integer(bits=3, group=4), Levels(bits=2, group=8)):
         found = leanquant(weight, gram, grid=grid, power=0, steps=0)
-        assert torch.equal(found.codes, gptq(weight, gram, grid=grid, order="given", static=True, clip=0).codes)
+        assert torch.equal(found.codes, gptq(weight, gram, grid=grid, static=True, clip=0).codes)
 
 
 @pytest.mark.parametrize("word", PLAIN)

@@ -307,6 +307,32 @@ def test_blocks_run_in_the_dtype_that_is_asked_for() -> None:
 # Nothing is left behind
 
 
+def test_products_are_computed_in_half_the_width() -> None:
+    """Weights and hidden states stay as wide as they are, as within `torch.autocast`."""
+    model, tokens = causal(2), torch.arange(6)[None]
+    given: dict[Any, list[Tensor]] = {}
+
+    def look(compute: str | None) -> Any:
+        def visit(block: Block) -> None:
+            assert next(block.module.parameters()).dtype == torch.float32
+            given.setdefault(compute, []).extend([block.batches[0]["hidden"], *block.outputs()])
+
+        return visit
+
+    for compute in (None, "bfloat16"):
+        walk(model, [{"input_ids": tokens}], look(compute), compute=compute)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        hidden = model.embed(tokens) + model.place[:, :6]
+        mask = torch.ones(6, 6, dtype=torch.bool).tril()[None]
+        expected = [hidden]
+        for block in model.blocks:
+            expected.extend([hidden := block(hidden, mask=mask)] * 2)
+    for found, whole, one in zip(given["bfloat16"], given[None], expected[:4], strict=True):
+        assert found.dtype == torch.float32
+        assert torch.equal(found, one)
+        assert (found is given["bfloat16"][0]) == torch.equal(found, whole)
+
+
 def test_the_module_is_what_it_was(tmp_path: Path) -> None:
     model = causal().train()
     model.blocks[1].eval()

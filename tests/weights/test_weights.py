@@ -389,6 +389,16 @@ def test_load_into(tmp_path: Path) -> None:
     assert torch.equal(model.inside.weight, 2 * other.inside.weight)
 
 
+def test_buffers_that_a_module_makes_by_itself_are_left_to_it() -> None:
+    module = torch.nn.Linear(2, 2)
+    module.register_buffer("places", torch.arange(2), persistent=False)
+    weights = Weights.of({**module.state_dict(), "places": torch.tensor([7, 8])})
+    assert weights.load_into(module) == ([], [])
+    assert module.places.tolist() == [0, 1]
+    with pytest.raises(Error, match=r"it has no place \(did you mean 'bias'|it has no place;"):
+        weights.rename({"places": "place"}).load_into(module)
+
+
 def test_load_into_lacks_and_extras() -> None:
     weights = open(Two())
     assert weights.drop("outside.weight").load_into(Two()) == ([], []), "the alias has its values from the other name"

@@ -46,7 +46,7 @@ def leanquant(
     steps: int = 16,
     damp: float = 0.1,
     shrink: float = 0.0,
-    order: Order = "given",
+    order: Order = "activation",
     block: int = BLOCK,
 ) -> Coded:
     r"""Points fitted where errors cost most, and codes for them column by column.

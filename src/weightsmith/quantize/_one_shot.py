@@ -21,7 +21,7 @@ from weightsmith.quantize._guided import guidedquant
 from weightsmith.quantize._judged import moved
 from weightsmith.quantize._reconstruct import check_options, reconstruct
 from weightsmith.quantize._rsq import AttentionGram
-from weightsmith.quantize._sequential import kernel_of, sequential
+from weightsmith.quantize._sequential import asks, kernel_of, sequential
 from weightsmith.quantize.budget import curves, mixed
 from weightsmith.quantize.grids import Grid
 from weightsmith.quantize.room import Source, planned, takes_gram
@@ -114,6 +114,8 @@ def one_shot(
     Raises:
         Error: a name that is not there or cannot be used here, a text that is too short, or what the parts refuse.
     """
+    from weightsmith.quantize import METHODS
+
     opened = open(weights)
     learned = method == LEARNED
     kernel = kernel_of("rtn" if learned else method)
@@ -130,7 +132,7 @@ def one_shot(
     own = {} if learned else options
     mean = bits if isinstance(bits, float) and not bits.is_integer() else None
     width: Any = int(bits) if isinstance(bits, float) else bits
-    planned(kernel, opened, {**about, **own, "bits": width})  # what does not go together is found now
+    plans = planned(kernel, opened, {**about, **own, "bits": width})  # what does not go together is found now
     widths = [one for one in WIDTHS if mean is not None and _can_be(kernel, opened, {**about, **own, "bits": one})]
     if allocate not in get_args(Allocate):
         raise Error(f"allocate is 'loss' or 'output', got {allocate!r}")
@@ -155,6 +157,8 @@ def one_shot(
     if learned:
         compute = None if running["dtype"] == torch.float32 else dtype
         done = reconstruct(changed, batches, compute=compute, device=device, **kept, **how)
+    elif not asks(kernel, plans):
+        done = METHODS[method](changed, **how)
     elif guide == "loss":
         done = _by_loss(changed, batches, kernel, how, running)
     else:

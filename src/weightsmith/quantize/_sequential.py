@@ -136,6 +136,14 @@ def kernel_of(method: str | Callable[..., Any]) -> Callable[..., Coded]:
     return card(paper="", needs=("stats.gram",), unit="tensor")(kernel)
 
 
+def asks(kernel: Callable[..., Coded], plans: Mapping[str, Plan]) -> bool:
+    """Whether a rounding makes use of what inputs are like."""
+    clipped = any(plan.options.get("clip") for plan in plans.values())
+    # To the nearest of points that are fitted to the weights alone: nothing is to be asked.
+    idle = kernel is _rtn.rtn and not clipped
+    return "stats.gram" in card_of(kernel).needs or (takes_gram(kernel) and not idle)
+
+
 def _check_outside(plans: Mapping[str, Plan], done: set[str], pattern: Pattern | None) -> None:
     outside = [name for name in plans if name not in done]
     if outside and pattern is not None:
@@ -154,10 +162,7 @@ class _Visitor:
         self.kernel, self.plans, self.codes = kernel, plans, codes
         self.folder = None if store is None else Path(store)
         own = frozenset(plans)
-        clipped = any(plan.options.get("clip") for plan in plans.values())
-        # To the nearest of points that are fitted to the weights alone: nothing is to be asked.
-        idle = kernel is _rtn.rtn and not clipped
-        self.asks = "stats.gram" in card_of(kernel).needs or (takes_gram(kernel) and not idle)
+        self.asks = asks(kernel, plans)
         self.statistics: dict[str, Any] = {}
         if self.asks:
             from dataclasses import replace

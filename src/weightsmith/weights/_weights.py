@@ -362,17 +362,19 @@ class Weights(Mapping[str, Tensor]):
 
         Args:
             module: its state dict's names are matched.
-            strict: names on one side only are an error.
+            strict: names on one side only are an error, but for buffers that the module makes by itself and keeps out
+                of its state dict, as older checkpoints have them: these stay the module's.
         """
         own = {k: v for k, v in module.state_dict(keep_vars=True).items() if isinstance(v, Tensor)}
+        by_itself = {name for name, _ in module.named_buffers(remove_duplicate=False)} - own.keys()
         covered = {_memory_key(own[name]) for name in own if name in self}
         missing = [n for n in own if n not in self and _memory_key(own[n]) not in covered]
-        unexpected = [name for name in self if name not in own]
+        unexpected = [name for name in self if name not in own and name not in by_itself]
         if strict and (missing or unexpected):
             parts = [f"it needs {listed(missing)}"] * bool(missing) + [f"it has no {listed(unexpected)}"] * bool(
                 unexpected
             )
-            hint = did_you_mean((missing or unexpected)[0], unexpected or own)
+            hint = did_you_mean(missing[0], unexpected) if missing else did_you_mean(unexpected[0], own)
             raise Error(f"these weights do not fit the module: {'; '.join(parts)}{hint}; or pass strict=False")
         wrong = [f"{n} {list(self.spec(n).shape)} into {list(own[n].shape)}"
                  for n in own if n in self and self.spec(n).shape != tuple(own[n].shape)]  # fmt: skip
