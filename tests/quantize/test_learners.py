@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from weightsmith.quantize import rtn
+from weightsmith.quantize._flexround import over_inputs
 from weightsmith.quantize._learners import Moved, Train, as_stored, learner, straight
 from weightsmith.quantize.grids import Integer, named
 
@@ -161,3 +162,31 @@ def test_what_is_stored():
     scale = one.coded().params["scale"]
     assert torch.equal(scale, scale.bfloat16().float())
     assert torch.equal(as_stored(scale, grid), scale)
+
+
+@pytest.mark.parametrize("train", ["signed rounding", "division", "weights and steps"])
+@pytest.mark.parametrize(
+    "grid",
+    [Integer(3, group=4), Integer(3, group=8, span="narrow"), Integer(2, group=4, span="signed"), Integer(2),
+     Integer(3, group=4, symmetric=False), Integer(2, group=4, symmetric=False, zero="float")],
+)  # fmt: skip
+def test_the_short_way_is_the_long_way(train: Train, grid: Integer):
+    """Also where weights are cut off, because steps have become smaller."""
+    generator = torch.Generator().manual_seed(3)
+    found: list[list[Tensor]] = []
+    start = [torch.randn(64, generator=generator) for _ in range(4)]
+    for short in (True, False):
+        one = made(train, grid, rows())
+        assert one.even
+        if not short:
+            one.even, one.unit = False, over_inputs(one.params["scale"], grid, one.rows.shape[1])
+        with torch.no_grad():
+            for leaf, by in zip((*one.moves, *one.ranges), start, strict=False):
+                leaf.add_(0.1 * by[: leaf.numel()].view(leaf.shape))
+            one.factor.mul_(0.7)
+        values = one.values(0.5)
+        weighted = (values * torch.linspace(-1, 2, values.numel(), dtype=values.dtype).view(values.shape)).sum()
+        found.append([values, *torch.autograd.grad(weighted, [*one.moves, *one.ranges])])
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+    assert (found[0][0] - rows()).abs().max() > 0.3  # something is cut off

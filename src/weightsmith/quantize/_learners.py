@@ -325,9 +325,12 @@ class Evenly(torch.autograd.Function):
         gradient = gradients[0].unflatten(1, (scale.shape[1], -1))
         passed = gradient * within
         of_scale = (gradient * of_step).sum(-1)
-        beyond = (gradient - passed).sum(-1) if any(ctx.kinds) else None  # exactly zero where nothing is cut off
         low, zero = ctx.kinds
-        return passed.flatten(1), of_scale, beyond if low else None, -beyond * scale if zero else None, None
+        of_low = of_zero = None
+        if low or zero:
+            beyond = (gradient - passed).sum(-1)  # exactly zero where nothing is cut off
+            of_low, of_zero = beyond if low else None, -beyond * scale if zero else None
+        return passed.flatten(1), of_scale, of_low, of_zero, None
 
 
 def straight(value: Tensor, rounded: Tensor) -> Tensor:
