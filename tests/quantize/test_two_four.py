@@ -70,7 +70,7 @@ def test_against_a_loop_over_columns():
     weight, gram, grid = heavy(5, 24), gram_of(24), TwoFour(8, 0.34)
     steady = gram.double() + 0.01 * gram.double().diagonal().mean() * torch.eye(24)
     factor = torch.linalg.cholesky(torch.linalg.inv(steady), upper=True)
-    found = two_four(weight, gram, grid=grid)
+    found = two_four(weight, gram, grid=grid, order="given")
     zero = found.params["zero_point"].int()
     most, zero = torch.where(zero >= 16, 15, 3), zero % 16
     step = found.params["factor"].double() * found.shared["unit"].double()

@@ -12,7 +12,7 @@ from torch import Tensor
 from weightsmith.card import card
 from weightsmith.errors import Error
 from weightsmith.quantize._coded import Coded, checked_matrix, energy_of, runs_of
-from weightsmith.quantize._gptq import column_by_column
+from weightsmith.quantize._gptq import Order, column_by_column
 from weightsmith.quantize.grids import Grid, TwoFour
 from weightsmith.solve import BLOCK
 
@@ -55,6 +55,7 @@ def two_four(
     grid: Grid = TwoFour(),  # noqa: B008
     damp: float = 0.01,
     shrink: float = 0.0,
+    order: Order = "activation",
     block: int = BLOCK,
 ) -> Coded:
     r"""Codes of two bits, and of four for the groups of widest range in each row.
@@ -64,7 +65,7 @@ def two_four(
         gram: of its inputs, any form; groups are then weighed by it, and columns that are not rounded yet make up for
             the errors of those that are. Without it every weight is rounded to nearest.
         grid: a `TwoFour`: inputs of a group, and the share of those that have 4 bits.
-        damp, shrink, block: as of `gptq`.
+        damp, shrink, order, block: as of `gptq`.
 
     Returns:
         codes and parameters. Memory: as of `gptq`.
@@ -87,4 +88,4 @@ def two_four(
     if gram is None or not rows.numel():
         codes = grid.encode(padded, {**shared, **params}).flatten(1)[:, :inputs].contiguous()
         return Coded(codes, params, grid, shared)
-    return column_by_column(rows, gram, grid, params, shared=shared, damp=damp, shrink=shrink, block=block)
+    return column_by_column(rows, gram, grid, params, shared=shared, damp=damp, shrink=shrink, order=order, block=block)
