@@ -394,3 +394,13 @@ def test_refusals():
     for grid in (Integer(), Integer(group=4), Levels(bits=2)):
         with pytest.raises(Error, match="not finite"):
             gptq(weight.index_fill(1, torch.tensor([9]), torch.inf), gram, grid=grid)
+
+
+def test_a_single_expert_is_the_matrix_that_it_is():
+    weight, gram = problem()
+    fused = gptq_of({"experts.up": weight[None]}, {"experts.up": gram[None]})
+    assert torch.equal(fused["experts.up"][0], gptq_of({"up": weight}, {"up": gram})["up"])
+
+
+def gptq_of(weights: dict[str, Tensor], stats: dict[str, Tensor]) -> ws.Weights:
+    return ws.quantize.dequantize(ws.quantize.gptq(weights, stats=stats, bits=3, pattern="*"))

@@ -107,9 +107,11 @@ def test_names_that_are_found_under_another_prefix():
 def test_experts_and_convolutions_are_matrices():
     layout = Layout.of("mlp.experts.up", Spec((4, 6, 8), torch.float32), Integer(4, group=4))
     assert (layout.experts, layout.rows, layout.inputs) == (4, 24, 8)
+    alone = Layout.of("mlp.experts.up", Spec((1, 6, 8), torch.float32), Integer(4, group=4))
+    assert (alone.experts, alone.rows, alone.inputs) == (1, 6, 8)
     assert endings_of(layout)["_scale"] == Spec((24, 2), torch.float32)
     layout = Layout.of("conv", Spec((4, 6, 8), torch.float32), Integer(4, group=4))
-    assert (layout.experts, layout.rows, layout.inputs) == (1, 4, 48)
+    assert (layout.experts, layout.rows, layout.inputs) == (0, 4, 48)
     padded = Layout((4, 6), Integer(4, group=4), padding=2)
     assert padded.matrix(torch.ones(4, 6)).shape == (4, 8)
     gram = padded.padded(torch.ones(6, 6))

@@ -46,28 +46,28 @@ class Layout:
         shape: of the tensor.
         grid: its grid.
         padding: zeros after the inputs of each row.
-        experts: matrices that lie behind one another.
+        experts: matrices that lie behind one another; 0 where the tensor is one matrix.
     """
 
     shape: tuple[int, ...]
     grid: Grid
     padding: int = 0
-    experts: int = 1
+    experts: int = 0
 
     @classmethod
     def of(cls, name: str, spec: Spec, grid: Grid) -> Layout:
         """Fused experts ``[experts, out, in]`` are known by their name and their three axes."""
         fused = len(spec.shape) == 3 and _EXPERTS.search(name) is not None
-        return cls(tuple(spec.shape), grid, experts=spec.shape[0] if fused else 1)
+        return cls(tuple(spec.shape), grid, experts=spec.shape[0] if fused else 0)
 
     @property
     def inputs(self) -> int:
         """Of a row, without padding."""
-        return math.prod(self.shape[2:] if self.experts > 1 else self.shape[1:])
+        return math.prod(self.shape[2:] if self.experts else self.shape[1:])
 
     @property
     def rows(self) -> int:
-        return self.shape[0] * (self.shape[1] if self.experts > 1 else 1)
+        return self.shape[0] * (self.shape[1] if self.experts else 1)
 
     @property
     def width(self) -> int:
@@ -76,7 +76,7 @@ class Layout:
 
     def matrix(self, weight: Tensor) -> Tensor:
         """The tensor, or a run of its first axis, as rows ``[rows, width]``, float32 or wider."""
-        per = self.shape[1] if self.experts > 1 else 1
+        per = self.shape[1] if self.experts else 1
         rows = weight.reshape(len(weight) * per, self.inputs)
         rows = rows if rows.dtype == torch.float64 else rows.float()
         return torch.nn.functional.pad(rows, (0, self.padding)) if self.padding else rows
@@ -415,7 +415,7 @@ def _decoded(weights: Weights, name: str, layout: Layout, dtype: torch.dtype | s
     floating = [one for one in own if one.is_floating_point and one.itemsize > 1]
     default = floating[0] if floating else torch.float32
     spec = Spec(layout.shape, default if dtype is None else as_dtype(dtype))
-    alone = any(stored.shared for stored in layout.grid.stored().values()) or layout.experts > 1
+    alone = any(stored.shared for stored in layout.grid.stored().values()) or layout.experts > 0
     function = partial(_decode, layout=layout, endings=tuple(endings))
     return Output(Work(function, Inputs(arguments, "tensor" if alone else "row"), {"": spec}))
 

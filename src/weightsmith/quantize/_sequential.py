@@ -221,7 +221,7 @@ class _Visitor:
 
     def _check_lacking(self, block: stats.Block, lacking: Sequence[str]) -> None:
         """Layers that were not reached are no error; those that cannot be understood are."""
-        fused = [name for name in lacking if self.plans[name].layout.experts > 1]
+        fused = [name for name in lacking if self.plans[name].layout.experts > 0]
         if fused:
             warnings.warn(
                 f"{listed(fused)}: experts in one tensor are no layer whose inputs could be gathered, so they are "

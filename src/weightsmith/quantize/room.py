@@ -174,7 +174,7 @@ def _grams(stats: Source | None, weights: Weights, plans: Mapping[str, Plan], me
     fused: dict[str, Any] = {}
     for name, plan in plans.items():
         inputs, experts = plan.layout.inputs, plan.layout.experts
-        if told is not None and experts > 1 and name in told:
+        if told is not None and experts > 0 and name in told:
             shape = told.spec(name).shape
             if shape not in ((experts, inputs, inputs), (experts, inputs)):
                 raise Error(f"{method}: stats.gram of {name} is {list(shape)}; of {experts} experts it has one of each")
@@ -322,7 +322,7 @@ def _work(kernel: Callable[..., Coded], node: Lazy, plan: Plan, gram: Any) -> Wo
     layout = plan.layout
     outputs = endings_of(layout)
     alone = any(stored.shared for stored in layout.grid.stored().values())
-    each = gram is not None and layout.experts > 1  # every expert has a Gram matrix of its own
+    each = gram is not None and layout.experts > 0  # every expert has a Gram matrix of its own
     unit = "tensor" if alone or each else card_of(kernel).unit
     arguments = [node] if gram is None else [node, Entire(gram.node if hasattr(gram, "node") else gram)]
     function = partial(_encoded, kernel, layout, tuple(plan.options.items()))
@@ -348,7 +348,7 @@ def rounded(
     """The codes of a tensor or of a run of its rows, by a rounding of matrices."""
     rows = layout.matrix(weight)
     told = [] if gram is None else [gram]
-    if gram is not None and layout.experts > 1:
+    if gram is not None and layout.experts > 0:
         common = [name for name, one in layout.grid.stored().items() if one.shared]
         if common:
             raise Error(

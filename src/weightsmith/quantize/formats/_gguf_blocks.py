@@ -25,7 +25,7 @@ def kind_for(layout: Layout, ternary: str = "TQ2_0") -> str:
     grid = layout.grid
     span = layout.inputs if grid.group is None else grid.group
     block = LONG if isinstance(grid, Ternary) else BLOCK
-    if layout.padding or span % block or layout.inputs % span or layout.experts > 1 or len(layout.shape) != 2:
+    if layout.padding or span % block or layout.inputs % span or layout.experts > 0 or len(layout.shape) != 2:
         return ""
     if isinstance(grid, Ternary):
         return ternary

@@ -182,7 +182,7 @@ def _writers(graph: UnitGraph, space: str, made: Mapping[str, Compressing]) -> l
     for member in graph.members(space):
         if len(graph.tensors[member.tensor]) < 2 or not member.use.writes:
             continue
-        if member.dim or member.tensor not in made or made[member.tensor].layout.experts > 1:
+        if member.dim or member.tensor not in made or made[member.tensor].layout.experts > 0:
             return []
         found.append((made[member.tensor], graph.units(member, space)))
     return found

@@ -179,7 +179,7 @@ def readings(place: Place, weights: Weights, plans: Mapping[str, Plan], grams: M
         plan = plans.get(side.tensor)
         if plan is None or side.tensor not in grams or side.tensor not in weights or side.dim != 1:
             continue
-        if plan.layout.experts > 1:
+        if plan.layout.experts > 0:
             continue
         gram = grams[side.tensor]
         rows = plan.layout.matrix(weights[side.tensor].to(gram.device))[:, : plan.layout.inputs]
