@@ -41,6 +41,7 @@ OURS: dict[str, dict[str, Any]] = {
     "gptq, in the given order": {"method": "gptq", "damp": 0.01, "clip": 0, "order": "given"},
     "gptq, damped, clipped, in the given order": {"method": "gptq", "order": "given"},
     "gptq, damped, clipped": {"method": "gptq"},
+    "gptq, damped, clipped, healed": {"method": "gptq", "heal": 100},
     "awq": {"method": "rtn", "transform": "awq", "clip": 8},
     "awq, gptq": {"method": "gptq", "transform": "awq"},
     "signed rounding": {"method": "reconstruct", "steps": 20},

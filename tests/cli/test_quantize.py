@@ -64,6 +64,7 @@ def test_on_a_text_is_what_python_makes(run, llama: Path):
         ("gptq", ("--guide", "loss"), {"guide": "loss"}),
         ("reconstruct", ("--steps", 2, "--train", "weights and steps"), {"steps": 2, "train": "weights and steps"}),
         ("rtn", ("--transform", "rotate"), {"transform": "rotate"}),
+        ("gptq", ("--heal", 2), {"heal": 2}),
     ],
 )
 def test_ways_are_those_of_python(run, llama: Path, method: str, words: tuple[str, ...], options: dict[str, object]):

@@ -169,6 +169,20 @@ def test_guided_and_learned_are_their_parts(shared_llama: Path):
     same(other, quantize.reconstruct(shared_llama, batches, bits=3, group=8, steps=3, compute="bfloat16"))
 
 
+def test_healed_is_end_to_end_with_itself_as_the_teacher(shared_llama: Path):
+    model = pytest.importorskip("transformers", reason="loads a Hugging Face model").AutoModelForCausalLM
+    batches = list(calibration.texts(shared_llama, [shared_llama.parent / "near.txt"], **SIZES))
+    plain = one_shot(shared_llama, 2, calibrate=batches, group=8)
+    healed = one_shot(shared_llama, 2, calibrate=batches, group=8, heal=20)
+    taught = model.from_pretrained(shared_llama)
+    same(healed, quantize.end_to_end(plain, batches, taught, teacher=True, steps=20, lr=3e-3))
+    packed = [name for name in plain if name.endswith("_packed")]
+    assert packed
+    assert all(torch.equal(plain[name], healed[name]) for name in packed)
+    judge = Judge(ws.open(shared_llama), batches)
+    assert judge(dequantize(healed)) < judge(dequantize(plain))
+
+
 def test_a_rotation_comes_first(shared_llama: Path):
     batches = list(calibration.texts(shared_llama, [shared_llama.parent / "near.txt"], **SIZES))
     found = one_shot(shared_llama, 3, calibrate=batches, method="rtn", group=8, transform="rotate")
@@ -185,6 +199,11 @@ def test_a_rotation_comes_first(shared_llama: Path):
         (lambda m, t: one_shot(m, 3, calibrate=t, allocate="both"), "allocate is 'loss' or 'output', got 'both'"),
         (lambda m, t: one_shot(m, 3, calibrate=[]), "calibration needs a text file or batches"),
         (lambda m, t: one_shot(m, 3, calibrate=t, resume=True), "resume=True continues what is in store="),
+        (lambda m, t: one_shot(m, 3, calibrate=t, heal=-1), "heal is a whole number of steps from 0, got -1"),
+        (
+            lambda m, t: one_shot(m, calibrate=t, grid="mxfp4", indivisible="ragged", heal=1),
+            "which the grids of gptq do not have",
+        ),
         (lambda m, t: one_shot(m, 3, calibrate=t, guide="luck"), "guide is 'attention' or 'loss', got 'luck'"),
         (lambda m, t: one_shot(m, 3, calibrate=t, guide="loss", method="rtn"), "weighs Gram matrices, and rtn asks"),
         (lambda m, t: one_shot(m, 3, calibrate=t, guide="loss", store="x"), "no finished blocks to keep in store="),

@@ -183,6 +183,8 @@ def _around(method: Method) -> list[Option]:
                section=_AROUND, help="By what a mean of --bits is shared among tensors."),
         Option(["--embeddings"], type=click.IntRange(1, 8), metavar="BITS", section=_AROUND,
                help="Code embeddings and head as well, rounded to nearest."),
+        Option(["--heal"], type=click.IntRange(0), default=0, show_default=True, metavar="STEPS", section=_AROUND,
+               help="Let the steps of all groups learn through the whole model, for this many batches."),
         *_format(),
     ]  # fmt: skip
 
@@ -234,7 +236,7 @@ def _check(method: Method, options: Mapping[str, Any], more: Mapping[str, Any]) 
         raise click.UsageError(f"{method.name} asks the data: add --calibrate TEXT{other}")
     if calibrates and "stats" in options:
         raise click.UsageError("--calibrate and --stats say the same thing in two ways; give one")
-    for name in ("transform", "guide", "store"):
+    for name in ("transform", "guide", "heal", "store"):
         if more.get(name) and not calibrates:
             raise click.UsageError(f"--{name} asks the data: add --calibrate TEXT")
     bits = options.get("bits")
@@ -277,7 +279,7 @@ def _quantized(
             options.pop("seed", None)
         return quantize.one_shot(
             before, options.pop("bits", None), calibrate=batches, method=method.name, transform=more["transform"],
-            guide=more.get("guide"), allocate=more["allocate"], embeddings=more["embeddings"],
+            guide=more.get("guide"), allocate=more["allocate"], embeddings=more["embeddings"], heal=more["heal"],
             propagate=more["propagate"], dtype=more["compute"], device=more["device"], store=more["store"],
             resume=bool(more["store"]),
             **{"seed": more["seed"], **options},

@@ -17,6 +17,8 @@ from weightsmith.card import card
 from weightsmith.errors import Error, did_you_mean
 from weightsmith.language import whole
 from weightsmith.prune import prunable
+from weightsmith.quantize._end_to_end import end_to_end
+from weightsmith.quantize._flexround import learns_steps
 from weightsmith.quantize._guided import guidedquant
 from weightsmith.quantize._judged import moved
 from weightsmith.quantize._reconstruct import check_options, reconstruct
@@ -29,6 +31,9 @@ from weightsmith.weights import Pattern, PerTensor, Weights, as_dtype, open
 
 Allocate = Literal["loss", "output"]
 Guide = Literal["attention", "loss"]
+
+HEALING = 3e-3
+"""The rate at which steps learn end to end, as a share of themselves."""
 
 LEARNED = "reconstruct"
 """What rounds whole blocks and not one layer at a time."""
@@ -65,6 +70,7 @@ def one_shot(
     guide: Guide | None = None,
     allocate: Allocate = "loss",
     embeddings: int | None = None,
+    heal: int = 0,
     pattern: Pattern | None = None,
     samples: int = 128,
     length: int = 512,
@@ -95,6 +101,8 @@ def one_shot(
             hangs on what a layer gives for it (`guidedquant`); None for all alike.
         allocate: by what a mixed budget is shared, see `weightsmith.quantize.budget.curves`.
         embeddings: bits of embeddings and head, rounded to nearest; None leaves them as they are.
+        heal: optimizer steps in which the steps of all groups learn, through the whole model, to say what it said
+            (`end_to_end` with itself as the teacher); with 2 bits worth more than all else, and the most work.
         pattern: names of tensors; by default matrices, but not embeddings and the head.
         samples: windows of the texts.
         length: tokens of a window.
@@ -109,7 +117,8 @@ def one_shot(
 
     Returns:
         Weights: with codes for tensors. Memory: that of `sequential`; for a mixed budget by loss, and for a transform
-        that runs it, the whole model; guided by the loss, also two gigabytes of Gram matrices.
+        that runs it, the whole model; guided by the loss, also two gigabytes of Gram matrices; healed, that of
+            `end_to_end`.
 
     Raises:
         Error: a name that is not there or cannot be used here, a text that is too short, or what the parts refuse.
@@ -129,10 +138,14 @@ def one_shot(
     if learned:
         check_options(options)
     _check_guide(guide, method, kernel, options, store)
+    if not isinstance(heal, int) or isinstance(heal, bool) or heal < 0:
+        raise Error(f"heal is a whole number of steps from 0, got {heal!r}")
     own = {} if learned else options
     mean = bits if isinstance(bits, float) and not bits.is_integer() else None
     width: Any = int(bits) if isinstance(bits, float) else bits
     plans = planned(kernel, opened, {**about, **own, "bits": width})  # what does not go together is found now
+    if heal and not any(learns_steps(plan.grid) for plan in plans.values()):
+        raise Error(f"heal= trains steps that are plain floats, which the grids of {method} do not have")
     widths = [one for one in WIDTHS if mean is not None and _can_be(kernel, opened, {**about, **own, "bits": one})]
     if allocate not in get_args(Allocate):
         raise Error(f"allocate is 'loss' or 'output', got {allocate!r}")
@@ -154,8 +167,8 @@ def one_shot(
         changed = transformed(transform, opened, batches, {**about, "bits": width}, running)
     how: dict[str, Any] = {**about, **options, "bits": width}
     kept: dict[str, Any] = {"propagate": propagate, "store": store, "resume": resume}
+    compute = None if running["dtype"] == torch.float32 else dtype
     if learned:
-        compute = None if running["dtype"] == torch.float32 else dtype
         done = reconstruct(changed, batches, compute=compute, device=device, **kept, **how)
     elif not asks(kernel, plans):
         done = METHODS[method](changed, **how)
@@ -164,6 +177,9 @@ def one_shot(
     else:
         gram = AttentionGram(sums=torch.float32) if guide == "attention" else None
         done = sequential(changed, batches, kernel, gram=gram, **kept, **running, **how)
+    if heal:
+        model, data = whole(changed, torch.float32, device), moved(batches, device)
+        done = end_to_end(done, data, model, teacher=True, steps=heal, lr=HEALING, compute=compute, seed=seed)
     if embeddings is None:
         return done
     return with_embeddings(done, embeddings, {name: told[name] for name in AROUND if name in told})
