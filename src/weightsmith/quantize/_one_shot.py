@@ -118,7 +118,7 @@ def one_shot(
     Returns:
         Weights: with codes for tensors. Memory: that of `sequential`; for a mixed budget by loss, and for a transform
         that runs it, the whole model; guided by the loss, also two gigabytes of Gram matrices; healed, that of
-            `end_to_end`.
+        `end_to_end`.
 
     Raises:
         Error: a name that is not there or cannot be used here, a text that is too short, or what the parts refuse.
